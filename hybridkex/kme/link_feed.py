@@ -36,7 +36,7 @@ from hybridkex.link.optimise import tuned
 from hybridkex.link.party import Alice, Block, Bob
 from hybridkex.link.presets import preset
 from hybridkex.link.quantum import Detections, OpticalLink
-from hybridkex.link.remote import RemoteDetector, serve_detector
+from hybridkex.link.remote import LATE, RemoteDetector, serve_detector
 from hybridkex.link.settings import LinkSettings
 from hybridkex.link.simulated import SimulatedLink
 from hybridkex.machine import broken, leaves, refusal
@@ -248,7 +248,7 @@ class PartyFeed:
         self._real_time = real_time
         self._note = note
         self._troubles = _Troubles(name)
-        self._ledger = Ledger()  # outlives a session: only the first session uses signatures
+        self.ledger: Final = Ledger()  # outlives a session: only the first uses signatures
         self._used = 0
         """Bytes of the ledger that were used when the last attempt at a block ended."""
         self._fruitless = 0
@@ -278,8 +278,8 @@ class PartyFeed:
 
         An attacker who can disturb the light or cut the connection can make each attempt use some.
         """
-        used, self._used = self._used, self._ledger.used
-        if used == self._used or not suffices(self._ledger.positions):
+        used, self._used = self._used, self.ledger.used
+        if used == self._used or not suffices(self.ledger.positions):
             return  # nothing is left that a pause could save
         self._fruitless += 1
         if self._fruitless <= FRUITLESS:
@@ -289,7 +289,7 @@ class PartyFeed:
             "%s: %d attempts in a row used authentication key and made no block; %d bytes of "
             "it are left; the next attempt in %g s: find out who or what disturbs the light or "
             "cuts the connection, before the link stops",
-            *(self._name, self._fruitless, self._ledger.balance, pause),
+            *(self._name, self._fruitless, self.ledger.balance, pause),
         )
         await trio.sleep(pause)
 
@@ -376,13 +376,13 @@ class PartyFeed:
         self, classical: trio.SocketStream, quantum: trio.SocketStream, nursery: trio.Nursery
     ) -> Alice | Bob:
         if self._party == "bob":
-            detector = RemoteDetector(quantum)
+            detector = RemoteDetector(quantum, late=self._late)
             return Bob(
                 classical,
                 self._settings,
                 detector,
                 bootstrap=self._signatures,
-                ledger=self._ledger,
+                ledger=self.ledger,
             )
         chosen = self._settings.preset
         light = OpticalLink(chosen.channel, chosen.transmitter, real_time=self._real_time)
@@ -401,9 +401,17 @@ class PartyFeed:
             self._settings,
             light.record,
             bootstrap=self._signatures,
-            ledger=self._ledger,
+            ledger=self.ledger,
             patient=True,
         )
+
+    def _late(self, times: int) -> None:
+        if times == round(SLOW / LATE) and not self._real_time:
+            LOG.warning(
+                "%s: the other party announces that its light is late, and no block is made "
+                "meanwhile: its KME is full until applications take keys, or its store fails",
+                self._name,
+            )
 
     async def _block(self, party: Alice | Bob) -> None:
         if isinstance(party, Bob):  # Alice sends no light before she is ready
@@ -417,7 +425,7 @@ class PartyFeed:
                 await self._slow_down()
             return
         self._note(block)
-        self._used, self._fruitless = self._ledger.used, 0
+        self._used, self._fruitless = self.ledger.used, 0
         self._troubles.over()
         self.ends[0].put(block.keys)
 
@@ -533,7 +541,7 @@ def link_feed(config: KmeConfig, peer: PeerConfig, metrics: KmeMetrics) -> PairF
         )
         make()  # a setting that is wrong is so now
         return PairFeed(make, name=name)
-    return PartyFeed(
+    feed = PartyFeed(
         settings,
         party=remote.party,
         address=remote.address,
@@ -542,3 +550,5 @@ def link_feed(config: KmeConfig, peer: PeerConfig, metrics: KmeMetrics) -> PairF
         note=note,
         name=name,
     )
+    metrics.follow_ledger(config.id, peer.id, feed.ledger)
+    return feed

@@ -8,6 +8,7 @@ from hybridkex.errors import BlockAborted
 from hybridkex.net.http import Request, Response, Route, find_route
 
 if TYPE_CHECKING:  # imports numpy, which is an extra
+    from hybridkex.link.ledger import Ledger
     from hybridkex.link.party import Block
 
 
@@ -93,6 +94,10 @@ class KmeMetrics:
         self.link_qber.labels(kme, link).set(qber)
         self.link_rate.labels(kme, link).set(block.rate)
         self.link_ledger.labels(kme, link).set(block.ledger_bits)
+
+    def follow_ledger(self, kme: str, link: str, ledger: "Ledger") -> None:
+        """Show the balance of this ledger, also while no blocks are made."""
+        self.link_ledger.labels(kme, link).set_function(lambda: 8 * ledger.balance)
 
     def text(self) -> bytes:
         """The metrics in the Prometheus text format."""

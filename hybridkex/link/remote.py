@@ -14,6 +14,7 @@ lost, ends the session, and so does a minute without any bytes while Bob waits.
 import itertools
 import math
 import struct
+from collections.abc import Callable
 from typing import Final
 
 import numpy as np
@@ -38,18 +39,23 @@ PIECE: Final = 1 << 20
 class RemoteDetector:
     """Bob's end of an optical link that is simulated in another process."""
 
-    def __init__(self, stream: trio.abc.Stream) -> None:
+    def __init__(
+        self, stream: trio.abc.Stream, *, late: Callable[[int], None] = lambda _: None
+    ) -> None:
+        """``late``: called with the number of announcements so far that an answer will be late."""
         self._stream = stream
+        self._late = late
         self._requests = 0
 
     async def detect(self, count: int) -> Detections:
         """See :class:`~hybridkex.link.quantum.Detector`. Raises ``LinkError``."""
         request, late = (REQUEST.pack(self._requests, number) for number in (count, 0))
         self._requests += 1
+        times = itertools.count(1)
         try:
             await self._stream.send_all(request)
             while (head := await _exactly(self._stream, REQUEST.size)) == late:
-                pass
+                self._late(next(times))
             if head != request:
                 raise LinkError("the quantum channel gave an answer to another request")
             packed = -(-count // 8)

@@ -28,8 +28,10 @@ from hybridkex.errors import (
     LinkError,
 )
 from hybridkex.kme import link_feed
+from hybridkex.kme.config import LinkConfig
 from hybridkex.kme.link_feed import PartyFeed
-from hybridkex.link import party
+from hybridkex.kme.metrics import KmeMetrics
+from hybridkex.link import party, remote
 from hybridkex.link.authentication import Signatures
 from hybridkex.link.greeting import greet, greeted
 from hybridkex.link.ledger import Direction, Position
@@ -352,8 +354,10 @@ async def test_while_one_kme_is_full_the_session_waits_and_no_key_is_lost(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """For longer than a party waits for a message."""
+    """For longer than a party waits for a message. Bob says so, too, if it is Alice's KME."""
     monkeypatch.setattr(link_feed, "SLOW", 0.1)
+    monkeypatch.setattr(link_feed, "LATE", 0.05)
+    monkeypatch.setattr(remote, "LATE", 0.05)
     monkeypatch.setitem(party._Party.__init__.__kwdefaults__, "timeout", 0.5)
     port = free_port()
     feeds = {name: feed(name, port, signatures) for name in ("alice", "bob")}
@@ -379,6 +383,7 @@ async def test_while_one_kme_is_full_the_session_waits_and_no_key_is_lost(
                 await event.wait()
             await trio.sleep(1.5)
             assert "no block is begun" in caplog.text
+            assert caplog.text.count("light is late") == (full == "alice")
             room.set()
             for event in done.values():
                 await event.wait()
@@ -433,7 +438,7 @@ async def test_sessions_that_are_cut_use_up_the_ledger_slowly(
 ) -> None:
     """A man in the middle cuts each session after a tag; a block in between sets the pause back."""
     bob = feed("bob", 1, signatures)
-    bob._ledger.add(0, "a block before", bytes(512))
+    bob.ledger.add(0, "a block before", bytes(512))
     began: list[float] = []
 
     async def reach(*_: object) -> None:
@@ -442,9 +447,9 @@ async def test_sessions_that_are_cut_use_up_the_ledger_slowly(
     async def session(*_: object) -> None:
         began.append(trio.current_time())
         if len(began) == 9:
-            bob._used, bob._fruitless = bob._ledger.used, 0  # a block was made
+            bob._used, bob._fruitless = bob.ledger.used, 0  # a block was made
         if len(began) != 4:  # that one ends before its first tag
-            bob._ledger.draw(len(began), Direction.BOB_TO_ALICE, 16)
+            bob.ledger.draw(len(began), Direction.BOB_TO_ALICE, 16)
         await trio.sleep(link_feed.PAUSE)
         if len(began) == 14:
             scope.cancel()
@@ -465,14 +470,14 @@ async def test_blocks_that_are_given_up_use_up_the_ledger_slowly(
 ) -> None:
     """Light disturbed for ten minutes does not end the link; a block sets the pause back."""
     end = feed("bob", 1, signatures)
-    end._ledger.add(0, "a block before", bytes(512))
+    end.ledger.add(0, "a block before", bytes(512))
     began: list[float] = []
 
     async def block(_: object) -> Any:
         began.append(trio.current_time())
-        end._ledger.draw(len(began), Direction.BOB_TO_ALICE, 32)
+        end.ledger.draw(len(began), Direction.BOB_TO_ALICE, 32)
         if len(began) == 4:
-            end._ledger.add(4, "a block", bytes(128))
+            end.ledger.add(4, "a block", bytes(128))
             return SimpleNamespace(keys=())
         raise BlockAborted("too many errors")
 
@@ -481,6 +486,26 @@ async def test_blocks_that_are_given_up_use_up_the_ledger_slowly(
         await end._block(object.__new__(party.Bob))
     pauses = [round(after - before) for before, after in pairwise(began)]
     assert pauses == [1, 1, 17, 0, 1, 1, 17, 65, 257, 601, 1]  # less than a block's tags is left
+
+
+def test_the_metrics_have_the_ledger_as_it_is_while_no_block_is_made(
+    tmp_path: Path, signatures: dict[str, Signatures]
+) -> None:
+    address, credential = TcpAddress("127.0.0.1", 1), tmp_path / "alice" / "cert.pem"
+    link = LinkConfig(party="bob", address=address, peer_credential=credential, tuned=False)
+    config: Any = SimpleNamespace(
+        id="a", key=tmp_path / "bob" / "key.pem", limits=SimpleNamespace(key_size=256)
+    )
+    metrics = KmeMetrics()
+    feed_: Any = link_feed.link_feed(config, SimpleNamespace(id="b", link=link), metrics)  # type: ignore[arg-type]
+    for change, bits in (
+        (lambda: None, 0),
+        (lambda: feed_.ledger.add(1, "a block", bytes(512)), 4096),
+        (lambda: feed_.ledger.draw(2, Direction.BOB_TO_ALICE, 64), 3584),
+    ):
+        change()
+        shown = f'hybridkex_qkd_link_ledger_bits{{kme="a",link="b"}} {bits}.0\n'
+        assert shown in metrics.text().decode()
 
 
 TROUBLES = [

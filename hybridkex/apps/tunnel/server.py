@@ -404,7 +404,7 @@ class _Connection:
     async def run(self) -> None:
         began = trio.current_time()
         out, back = self._out, self._back
-        log: Callable[..., None] = partial(LOG.log, logging.INFO)
+        log: Callable[..., object] = partial(LOG.log, logging.INFO)
         end = "cut: the tunnel is ending"  # if it is cancelled, alone or in a group
         try:
             with self._live.used():

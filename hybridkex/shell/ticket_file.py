@@ -120,8 +120,16 @@ class FileTicketStore:
         if not self._changed:
             return
         taken, self._taken, self._changed = self._taken, False, False
+        content = json.dumps(self._tickets).encode("ascii")
         try:
-            write_file(self._path, json.dumps(self._tickets).encode("ascii"))
+            try:
+                write_file(self._path, content)
+            except OSError:
+                if not taken or not self._path.is_file():
+                    raise
+                self._path.unlink()  # a full disk has room for the new file then
+                taken = False
+                write_file(self._path, content)
         except OSError as error:
             self._changed = True
             reason = write_error(self._path, error)

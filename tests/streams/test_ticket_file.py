@@ -1,5 +1,6 @@
 """The engine does no I/O: the shell brings a ticket store to disk, in time."""
 
+import errno
 import json
 import os
 from dataclasses import replace
@@ -11,6 +12,7 @@ import trio
 import trio.testing
 
 from hybridkex import ClientConfig, DevCa, SecureStream, ServerConfig, TrustStore
+from hybridkex.files import write_file
 from hybridkex.shell.ticket_file import FileTicketStore
 from hybridkex.tls.connection import ClientConnection
 
@@ -150,6 +152,29 @@ async def test_new_tickets_that_cannot_be_written_are_a_warning(
     assert await connect(client, server, [], path)
     assert tickets_in(path) == 3
     assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("failures", [1, 2, 3])
+async def test_a_taken_ticket_leaves_the_file_on_a_full_disk(
+    failures: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "tickets"
+    client, server = configs(path)
+    assert not await connect(client, server, [], path)
+    assert tickets_in(path) == 2
+    left = iter(range(failures))
+
+    def full(path: Path, content: bytes) -> None:
+        for _ in left:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_file(path, content)
+
+    monkeypatch.setattr("hybridkex.shell.ticket_file.write_file", full)
+    again = replace(client, ticket_store=FileTicketStore(path))
+    sent: list[int] = []
+    assert await connect(again, server, sent, path)
+    assert sent[0] == (1 if failures == 1 else 0)
+    assert tickets_in(path) == 3  # the one that was not taken, and two new ones
 
 
 async def test_a_taken_ticket_that_stays_in_the_file_is_not_sent(tmp_path: Path) -> None:

@@ -323,6 +323,29 @@ def test_the_check_refuses_what_a_run_refuses(
             assert re.search(said, capsys.readouterr().err.splitlines()[-1]), (change, words)
 
 
+def test_a_peer_is_reached_over_tls_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With "http://", keys that go by value would leave in the clear, to anybody."""
+    folder = tmp_path / "s"
+    assert main(["kme", "dev-up", str(folder), "--ports", "0,0", "--no-serve"]) == 0
+    path = folder / "kme.toml"
+    good = path.read_text()
+    for url in (
+        *("http://127.0.0.1:1", "HTTP://127.0.0.1:1", "127.0.0.1:1", "//127.0.0.1:1", "https:", ""),
+        *("https://127.0.0.1:1/kme", "https://127.0.0.1:1?x", "https://127.0.0.1:0"),
+        *("https://127.0.0.1:x", "https://[::1:1", "ws://127.0.0.1:1"),
+    ):
+        path.write_text(
+            good.replace('saes = ["bob"]\nproducer', f'saes = ["bob"]\nurl = "{url}"\nproducer')
+        )
+        for words in (["--check"], []):
+            capsys.readouterr()
+            assert main(["kme", "serve", str(path), *words]) == 1, url
+            [line] = capsys.readouterr().err.splitlines()
+            assert "of a KME" in line, url
+
+
 @pytest.fixture
 def checked(tmp_path: Path, hybridkex: Forkserver) -> Callable[[], str]:
     """``--check`` of the two KMEs in the folder ``s``: what it says; nothing if they can be

@@ -29,6 +29,7 @@ from hybridkex.qkd.etsi014.transport import (
     HTTP_FAILURES,
     Answer,
     KmeTransport,
+    check_url,
     refusal_of,
     what_failed,
 )
@@ -62,15 +63,7 @@ class KmeAccess:
     """POST where GET would do, for a KME that lacks the GET forms and does not say so with 405."""
 
     def __post_init__(self) -> None:
-        try:
-            parts = urlsplit(self.url)
-            port = parts.port
-        except ValueError as error:
-            raise ConfigError(f"{self.url!r} is not the URL of a KME: {error}") from error
-        if parts.scheme != "https" or not parts.hostname or parts.path.strip("/") or parts.query:
-            raise ConfigError(f"the URL of a KME must be https://host:port, not {self.url!r}")
-        if port == 0:
-            raise ConfigError("the port of a KME must not be 0")
+        check_url(self.url)
         if self.timeout <= 0 or self.max_answer < 1024:
             raise ConfigError("timeout must be positive and max_answer at least 1024")
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from ipaddress import ip_address
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 import httpcore
 import httpx
@@ -277,6 +278,22 @@ class Answer:
     body: bytes
 
 
+def check_url(url: str) -> None:
+    """Check the URL of a KME: anything but https would send keys in the clear.
+
+    Raises ``ConfigError``.
+    """
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        raise ConfigError(f"{url!r} is not the URL of a KME: {error}") from error
+    if parts.scheme != "https" or not parts.hostname or parts.path.strip("/") or parts.query:
+        raise ConfigError(f"the URL of a KME must be https://host:port, not {url!r}")
+    if port == 0:
+        raise ConfigError("the port of a KME must not be 0")
+
+
 class KmeTransport:
     """Connections to one KME. It never retries a request.
 
@@ -289,6 +306,9 @@ class KmeTransport:
         check: gets the KME's certificate and raises to refuse it.
         connections: most connections at once; more requests than that wait their turn.
         max_answer: most bytes of an answer, including headers.
+
+    Raises:
+        ConfigError: the URL is not one of that form.
     """
 
     def __init__(
@@ -300,6 +320,7 @@ class KmeTransport:
         connections: int = 8,
         max_answer: int = 1 << 20,
     ) -> None:
+        check_url(url)
         self._url = url.rstrip("/")
         self._backend = partial(_Backend, handshake, check, max_answer)
         self._unused = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # see _Stream.start_tls

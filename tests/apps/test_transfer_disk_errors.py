@@ -102,7 +102,7 @@ def test_large_files_after_small_ones(
 @pytest.mark.parametrize("count", [1, 9])
 @pytest.mark.parametrize("which", ["small", "large"])
 def test_what_the_disk_has_not_taken_is_sent_again(
-    folder: Folder, disk: Disk, small: int, count: int, which: str
+    folder: Folder, disk: Disk, tmp_path: Path, small: int, count: int, which: str
 ) -> None:
     """An incomplete file is not resumed after an error: its content may be in memory alone. A large
     file's own descriptor reports errors that another group has been told of."""
@@ -119,6 +119,7 @@ def test_what_the_disk_has_not_taken_is_sent_again(
     assert failed == (offers if whole_group else lost)
     for offer in failed:
         assert look(folder, offer).size == 0
+    assert not [*(tmp_path / "in" / PARTIAL).iterdir()]
     if failed:
         stored(folder, group, failed)
     group.close()

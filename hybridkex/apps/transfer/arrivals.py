@@ -184,7 +184,7 @@ class Arrivals:
                 for one in handles.each(ready):
                     try:
                         with errors_of(one.offer.path):
-                            _flush_file(one, group_error)
+                            _flush_file(one, group_error, handles)
                             how = self._name(one, handles)
                         touched[one.offer.path[:-1]] = None
                         durable.append(Settled(one.offer, how, one.lost))
@@ -297,13 +297,13 @@ class Arrivals:
         self._work = -1
 
 
-def _flush_file(one: Ready, group_error: OSError | None) -> None:
+def _flush_file(one: Ready, group_error: OSError | None, handles: Handles) -> None:
     """Flush a file that is still open.
 
     A large one is flushed by itself, too: it was written to before its group began, and its own
     descriptor reports the errors since then. After an error of the group, flushing each file would
     not tell: the kernel reports an error once, and takes what it could not write for written. For
-    this reason an incomplete file is emptied: the next attempt starts from zero.
+    this reason an incomplete file is removed: the next attempt starts from zero.
 
     Raises ``OSError``.
     """
@@ -317,6 +317,8 @@ def _flush_file(one: Ready, group_error: OSError | None) -> None:
         if one.file >= 0:
             with contextlib.suppress(OSError):
                 os.ftruncate(one.file, 0)
+            with contextlib.suppress(OSError, FolderGone, NotStored):
+                os.unlink(one.where[-1], dir_fd=_check_in_place(one, handles))
         raise OSError(error.errno, error.strerror)
 
 

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from hybridkex.aio.accept_faults import report_accept_faults
 from hybridkex.aio.failures import connection_error
 from hybridkex.aio.places import Places
-from hybridkex.aio.transport import SecureTransport, time_limits
+from hybridkex.aio.transport import Receiver, SecureTransport, time_limits
 from hybridkex.errors import LocalStateError
 from hybridkex.tls.config import ClientConfig, ServerConfig, check_config
 
@@ -161,17 +161,13 @@ async def start_tls(
         ssl_shutdown_timeout: seconds from ``close`` until the peer's close_notify; 30 by default.
 
     Raises:
-        SecureConnectionError: the transport is closed, or the handshake failed; ``__cause__`` is
-            the reason.
+        SecureConnectionError: the transport is closed or secured already, or the handshake failed;
+            ``__cause__`` is the reason.
         ConfigError: ``config`` is not a configuration, or a server is given a ``server_hostname``.
         TypeError: ``transport`` is no transport.
         ValueError: a time limit is not positive.
     """
-    if not hasattr(transport, "set_protocol"):
-        kind = type(transport).__name__
-        raise TypeError(f"start_tls takes a transport, not a {kind}; upgrade takes streams")
-    if transport.is_closing():
-        raise connection_error(LocalStateError("the transport is closed or is being closed"))
+    check_plain(transport)
     loop = asyncio.get_running_loop()
     ready: asyncio.Future[None] = loop.create_future()
     secure = SecureTransport(
@@ -194,3 +190,19 @@ async def start_tls(
         _abandon(secure, ready)
         raise
     return secure
+
+
+def check_plain(transport: asyncio.Transport) -> None:
+    """Check that a transport can be secured.
+
+    Raises:
+        SecureConnectionError: it is closed, or secured already.
+        TypeError: it is no transport.
+    """
+    if not hasattr(transport, "set_protocol"):
+        kind = type(transport).__name__
+        raise TypeError(f"start_tls takes a transport, not a {kind}; upgrade takes streams")
+    if transport.is_closing():
+        raise connection_error(LocalStateError("the transport is closed or is being closed"))
+    if isinstance(transport.get_protocol(), Receiver):
+        raise connection_error(LocalStateError("the transport is secured already"))

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, cast
 
-from hybridkex.aio.connect import create_connection, create_server, start_tls
+from hybridkex.aio.connect import check_plain, create_connection, create_server, start_tls
 from hybridkex.aio.transport import SecureTransport
 from hybridkex.errors import LocalStateError
 from hybridkex.tls.config import ClientConfig, ServerConfig
@@ -138,6 +138,7 @@ async def upgrade(
     loop = asyncio.get_running_loop()
     await writer.drain()
     plain = cast(asyncio.Transport, writer.transport)
+    check_plain(plain)
     plain.pause_reading()
     if await _holds_data(reader):
         plain.abort()
@@ -155,9 +156,11 @@ async def upgrade(
 async def _holds_data(reader: asyncio.StreamReader) -> bool:
     """Whether a reader holds bytes. A read that would have to wait is cancelled."""
     reading = asyncio.ensure_future(reader.read(1))
-    await asyncio.sleep(0)
-    if reading.done():
-        return bool(reading.result())
-    reading.cancel()
+    try:
+        await asyncio.sleep(0)
+        if reading.done():
+            return bool(reading.result())
+    finally:
+        reading.cancel()
     await asyncio.wait((reading,))
     return False

@@ -1,7 +1,7 @@
 """The secure transport: the engine between an asyncio transport and the application's protocol.
 
 Two objects share a connection. The application uses :class:`SecureTransport` to write, pause and
-close. ``_Receiver`` is the protocol of the transport below and passes the received bytes on.
+close. ``Receiver`` is the protocol of the transport below and passes the received bytes on.
 
 - The application's ``connection_made`` is called when the handshake is complete, as with asyncio's
   own TLS.
@@ -200,7 +200,7 @@ class SecureTransport(transports._FlowControlMixin):
         """Data that was decrypted while reading was paused."""
         self._outgoing: deque[bytes | memoryview] = deque()
         """Data that was written and waits to be encrypted."""
-        self.receiver: Final = _Receiver(self)
+        self.receiver: Final = Receiver(self)
         self.set_protocol(protocol)
 
     def __repr__(self) -> str:
@@ -283,7 +283,7 @@ class SecureTransport(transports._FlowControlMixin):
         # A secure transport within this one gets its bytes by data_received: the shared read buffer
         # may still hold records of this one.
         self._buffered = isinstance(protocol, asyncio.BufferedProtocol) and not isinstance(
-            protocol, _Receiver
+            protocol, Receiver
         )
 
     def get_protocol(self) -> asyncio.BaseProtocol:
@@ -361,6 +361,7 @@ class SecureTransport(transports._FlowControlMixin):
         error = None if task.cancelled() else task.exception()
         if self._state is not _HANDSHAKE:
             return
+        assert self._raw is not None
         if task.cancelled():
             self._give_up("the wait for a PSK source or verifier was cancelled")
         elif isinstance(error, HybridkexError):
@@ -368,7 +369,7 @@ class SecureTransport(transports._FlowControlMixin):
         elif error is not None:
             self._report("a PSK source or verifier failed", error)
             self._give_up("a PSK source or verifier failed")
-        else:
+        elif not self._raw.is_closing():  # else connection_lost follows
             self._resume_raw()
             self._advance_handshake()
 
@@ -937,6 +938,8 @@ class SecureTransport(transports._FlowControlMixin):
 
     def lost(self, error: Exception | None) -> None:
         """Process ``connection_lost`` of the transport below."""
+        if self._task is not None and self._task.done():
+            self._answered(self._task)  # it may have refused the session in this turn of the loop
         was, self._state = self._state, _CLOSED
         self._stop()
         self._leave()
@@ -988,7 +991,7 @@ def time_limits(handshake: float | None, shutdown: float | None) -> tuple[float,
     )
 
 
-class _Receiver(asyncio.BufferedProtocol):
+class Receiver(asyncio.BufferedProtocol):
     """The protocol of the transport below."""
 
     def __init__(self, transport: SecureTransport) -> None:

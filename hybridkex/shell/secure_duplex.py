@@ -212,6 +212,7 @@ class SecureDuplex:
             await self._answers.keep_tickets()
         except HybridkexError as error:
             await self._fail(error)
+        self._check_usable()  # it may have been closed while the tickets were written
         self._complete = True
         if KeyRenewer.needed(self._config, connection):
             gone = (self._lib.BrokenResourceError, self._lib.ClosedResourceError)

@@ -2,11 +2,13 @@
 
 import base64
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
 from typing import Any, Final
+from weakref import WeakSet
 
 from hybridkex.crypto.suites import ALL_SUITES
 from hybridkex.errors import ConfigError
@@ -25,6 +27,10 @@ _KEPT: Final = 4
 _MOST: Final = 4 << 20
 """Bytes of the file. A server decides how long its tickets and its chain are, up to some 1 MB, and
 :func:`~hybridkex.files.read_utf8` refuses a file of more than 16 MiB."""
+
+
+_STORES: Final[WeakSet[Any]] = WeakSet()
+"""All stores, for the child of a fork."""
 
 
 class FileTicketStore:
@@ -47,7 +53,7 @@ class FileTicketStore:
     def __init__(self, path: str | Path, *, clock: Callable[[], float] = time.time) -> None:
         self._path = Path(path)
         self._clock = checked_clock(clock)
-        self._flushing = Lock()
+        self._make_locks()
         self._changed = False
         self._taken = False
         """Whether the file may have a ticket that was taken."""
@@ -55,13 +61,23 @@ class FileTicketStore:
         self._tickets = self._load()
         self._sizes = {server: _size(server, kept) for server, kept in self._tickets.items()}
 
+    def _make_locks(self) -> None:
+        """Locks for the loops, in several threads, that may share the store."""
+        self._flushing, self._changing = Lock(), Lock()
+        _STORES.add(self)
+
     def put(self, server: str, ticket: SessionTicket) -> None:
         """Store a ticket; the oldest are dropped to make room."""
-        kept = [*self._tickets.get(server, []), _to_json(ticket)][-_KEPT:]
-        self._change(server, kept)
+        with self._changing:
+            kept = [*self._tickets.get(server, []), _to_json(ticket)][-_KEPT:]
+            self._change(server, kept)
 
     def take(self, server: str, binding: bytes | None = None) -> SessionTicket | None:
         """The newest usable ticket with this binding, which leaves the store."""
+        with self._changing:
+            return self._take(server, binding)
+
+    def _take(self, server: str, binding: bytes | None) -> SessionTicket | None:
         kept, fitting = [], []
         for fields in self._tickets.get(server, []):
             try:
@@ -141,6 +157,15 @@ class FileTicketStore:
             self._warned = True
         else:
             self._warned = False
+
+
+def _forget_locks() -> None:
+    """The child of a fork has none of the threads that may have held them."""
+    for store in list(_STORES):
+        store._make_locks()
+
+
+os.register_at_fork(after_in_child=_forget_locks)
 
 
 def _size(server: str, kept: list[Any]) -> int:

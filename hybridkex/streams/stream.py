@@ -208,8 +208,7 @@ class SecureStream(SecureDuplex, HalfCloseableStream, Generic[T]):
                 await self.do_handshake()
             async with self._send_lock:
                 self._stop_renewer()
-                if not self._connection.close_sent:
-                    self._connection.send_close()
+                self._queue(self._connection.send_close)
                 await self._flush()
             if self._pending or await self._receive_more() is not None:
                 await self._fail(LocalStateError("unwrap, and there is data left to receive"))

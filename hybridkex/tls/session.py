@@ -1,7 +1,6 @@
 """The result of a handshake, and what a client keeps to resume it."""
 
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from enum import Enum
@@ -263,9 +262,9 @@ class MemoryTicketStore:
     max_servers: int = 1000
     tickets_per_server: int = 4
     clock: Callable[[], float] = time.time
-    _tickets: OrderedDict[str, list[SessionTicket]] = field(
-        default_factory=OrderedDict, init=False, repr=False
-    )
+    _tickets: dict[str, list[SessionTicket]] = field(default_factory=dict, init=False, repr=False)
+    """Whoever changes the tickets of a server removes them first: loops in several threads may
+    share the store."""
 
     def __post_init__(self) -> None:
         check_fields(self, {"clock": "MemoryTicketStore(clock=time.time)"})
@@ -275,23 +274,20 @@ class MemoryTicketStore:
 
     def put(self, server: str, ticket: SessionTicket) -> None:
         """Keep a ticket; the oldest ones make room."""
-        kept = self._tickets.setdefault(server, [])
-        kept.append(ticket)
-        del kept[: -self.tickets_per_server]
-        self._tickets.move_to_end(server)
-        while len(self._tickets) > self.max_servers:
-            self._tickets.popitem(last=False)
+        kept = [*self._tickets.pop(server, []), ticket]
+        self._tickets[server] = kept[-self.tickets_per_server :]
+        if len(self._tickets) > self.max_servers:
+            for oldest in list(self._tickets)[: -self.max_servers]:
+                self._tickets.pop(oldest, None)
 
     def take(self, server: str, binding: bytes | None = None) -> SessionTicket | None:
         """The newest usable ticket with this binding, which leaves the store."""
         now = self.clock()
-        kept = [ticket for ticket in self._tickets.get(server, []) if ticket.usable(now)]
+        kept = [ticket for ticket in self._tickets.pop(server, []) if ticket.usable(now)]
         fitting = [
             place for place, one in enumerate(kept) if binding is None or binding == one.binding
         ]
         taken = kept.pop(fitting[-1]) if fitting else None
         if kept:
             self._tickets[server] = kept
-        else:
-            self._tickets.pop(server, None)
         return taken

@@ -189,8 +189,7 @@ class TicketIssuer:
     def open(self, ticket: bytes) -> TicketState | None:
         """The state, or ``None`` for a ticket that is forged, expired, or of another server."""
         name = ticket[:_NAME_LENGTH]
-        self._forget()
-        for key in self._keys:
+        for key in self._fresh():
             if key.name == name:
                 plaintext = key.open(ticket)
                 if plaintext is None:
@@ -200,15 +199,16 @@ class TicketIssuer:
         return None
 
     def _current(self) -> _SealingKey:
-        now = self.clock()
-        self._forget()
-        if not self._keys or now - self._keys[0].made_at >= self.rotation:
-            self._keys.insert(0, _SealingKey.generate(now, self.entropy))
-        return self._keys[0]
+        now, keys = self.clock(), self._fresh()
+        if not keys or now - keys[0].made_at >= self.rotation:
+            keys.insert(0, _SealingKey.generate(now, self.entropy))
+        self._keys = keys
+        return keys[0]
 
-    def _forget(self) -> None:
+    def _fresh(self) -> list[_SealingKey]:
+        """The keys that still open tickets. A new list: other threads may use the present one."""
         oldest = self.clock() - self.rotation - self.lifetime
-        self._keys = [key for key in self._keys if key.made_at > oldest]
+        return [key for key in self._keys if key.made_at > oldest]
 
 
 @value(kw_only=True)

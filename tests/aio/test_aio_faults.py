@@ -21,7 +21,7 @@ import pytest
 from aio_glue import Losing, Run, closed, connect, echo, plain_server, serving
 from waiting import asyncio_until
 
-from hybridkex import ClientConfig, QkdPskSource, ServerConfig
+from hybridkex import ClientConfig, Policy, QkdPskSource, Requirement, ServerConfig
 from hybridkex.aio import (
     SecureConnectionError,
     SecureTransport,
@@ -30,7 +30,13 @@ from hybridkex.aio import (
     start_tls,
     upgrade,
 )
-from hybridkex.errors import ConfigError, InternalError, LocalStateError, TruncationError
+from hybridkex.errors import (
+    ConfigError,
+    InternalError,
+    KeySourceExhausted,
+    LocalStateError,
+    TruncationError,
+)
 from hybridkex.qkd.in_process import in_process_pair
 
 CALLBACKS = ("connection_made", "data_received", "eof_received", "get_buffer", "buffer_updated")
@@ -313,6 +319,39 @@ def test_a_writer_whose_upgrade_fails_is_closed(
     run(main())
 
 
+@pytest.mark.parametrize("cancelled", [True, False])
+def test_an_upgrade_twice(
+    run: Run, client_config: ClientConfig, server_config: ServerConfig, cancelled: bool
+) -> None:
+    """The second one is refused, and the first one works. One that was cancelled before it sent
+    anything is no obstacle."""
+    begun = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        first = asyncio.ensure_future(upgrade(reader, writer, server_config))
+        await asyncio.sleep(0)
+        if cancelled:
+            first.cancel()
+            await asyncio.wait((first,))
+            first = asyncio.ensure_future(upgrade(reader, writer, server_config))
+        begun.set()
+        secure = await first
+        with pytest.raises(SecureConnectionError, match="secured already"):
+            await upgrade(reader, writer, server_config)
+        await echo(*secure)
+
+    async def main() -> None:
+        async with plain_server(serve) as port:
+            plain = await asyncio.open_connection("127.0.0.1", port)
+            await begun.wait()
+            reader, writer = await upgrade(*plain, client_config, server_hostname="localhost")
+            writer.write(b"hello")
+            assert await reader.readexactly(5) == b"hello"
+            await closed(writer)
+
+    run(main())
+
+
 def test_an_upgrade_of_a_closed_connection(run: Run, client_config: ClientConfig) -> None:
     async def main() -> None:
         async with plain_server(echo) as port:
@@ -450,6 +489,45 @@ def test_a_wait_for_a_key_that_is_cancelled(
             with pytest.raises(SecureConnectionError) as caught:
                 await made
             assert isinstance(caught.value.__cause__, InternalError)
+
+    run(main())
+
+
+@pytest.mark.parametrize("failure", [KeySourceExhausted("no key"), Boom("in the source")])
+def test_a_psk_source_fails_in_the_turn_in_which_the_connection_is_lost(
+    run: Run, client_config: ClientConfig, failure: Exception
+) -> None:
+    """The failure is the reason, and one that the source did not expect is reported."""
+    lost = Losing()
+
+    class Source:
+        transport: asyncio.Transport
+
+        def authorize(self, session: Any, missing: str | None) -> Any:
+            raise AssertionError
+
+        async def offer(self) -> Any:
+            await asyncio.sleep(0)
+            self.transport.abort()  # asyncio calls connection_lost before the task's callbacks
+            raise failure
+
+        async def look_up(self, identities: tuple[bytes, ...]) -> Any:
+            raise AssertionError
+
+    source = Source()
+    config = replace(client_config, psk_source=source, policy=Policy(psk=Requirement.REQUIRE))
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        async with plain_server() as port:
+            source.transport, _ = await loop.create_connection(asyncio.Protocol, "127.0.0.1", port)
+            with reported() as told, pytest.raises(SecureConnectionError) as caught:
+                await start_tls(source.transport, lost, config, server_hostname="localhost")
+            boom = isinstance(failure, Boom)
+            assert isinstance(caught.value.__cause__, InternalError if boom else KeySourceExhausted)
+            assert [context["exception"] for context in told] == ([failure] if boom else [])
+            await asyncio_until(lambda: bool(lost.lost))
+            assert lost.lost == [caught.value]
 
     run(main())
 

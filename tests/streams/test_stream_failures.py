@@ -346,3 +346,17 @@ async def test_a_transport_that_breaks_under_the_key_renewer(
     await trio.sleep(1)
     with pytest.raises(trio.BrokenResourceError, match="cut by a test"):
         await server.send_all(b"x")
+
+
+async def test_unwrap_of_a_stream_that_another_task_closes(make_pair: MakePair) -> None:
+    client, server = make_pair()
+    await shake(client, server)
+
+    async def unwraps() -> None:
+        with pytest.raises(trio.ClosedResourceError):
+            await client.unwrap()
+
+    async with trio.open_nursery() as nursery, client._send_lock:  # the key renewer may be sending
+        nursery.start_soon(unwraps)
+        await trio.testing.wait_all_tasks_blocked()
+        await client.aclose()

@@ -3,8 +3,12 @@
 import errno
 import json
 import os
+import signal
+import warnings
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -189,3 +193,50 @@ async def test_a_taken_ticket_that_stays_in_the_file_is_not_sent(tmp_path: Path)
         await ours.do_handshake()
     await near.send_stream.aclose()
     assert await far.receive_some() == b""
+
+
+async def test_a_stream_that_is_closed_while_the_tickets_are_written(tmp_path: Path) -> None:
+    """It is not open afterwards."""
+    client, server = configs(tmp_path / "tickets")
+    store, writing, written = client.ticket_store, Event(), Event()
+    assert isinstance(store, FileTicketStore)
+    flush, calls = store.flush, count()
+
+    def slow_flush() -> None:
+        flush()
+        if next(calls):  # behind the handshake
+            writing.set()
+            written.wait()
+
+    store.flush = slow_flush  # type: ignore[method-assign]
+    near, far = trio.testing.memory_stream_pair()
+    ours = SecureStream(near, client, server_hostname="localhost")
+    theirs = SecureStream(far, server)
+
+    async def fails() -> None:
+        with pytest.raises(trio.ClosedResourceError):
+            await ours.do_handshake()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(theirs.do_handshake)
+        nursery.start_soon(fails)
+        await trio.to_thread.run_sync(writing.wait)
+        await ours.aclose()
+        written.set()
+
+
+def test_the_child_of_a_fork_does_not_wait_for_a_thread_of_its_parent(tmp_path: Path) -> None:
+    store = FileTicketStore(tmp_path / "tickets")
+    with store._flushing, store._changing:  # as another thread may have them
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # other tests have threads
+            child = os.fork()
+        if not child:
+            try:
+                signal.alarm(10)
+                store.take("localhost")
+                store.flush()
+                os._exit(7)
+            finally:
+                os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7

@@ -805,9 +805,10 @@ class PostgresKeyStore(KeyStore):
     async def check(self) -> None:
         def work(cursor: _Cursor) -> None:
             with cursor.connection.transaction(force_rollback=True):  # as much as a delivery
+                # IDs side by side: after a checkpoint, each page that changes is logged as a whole.
                 cursor.execute(
-                    "INSERT INTO spent (link, key_id)"
-                    " SELECT '', gen_random_uuid()::text FROM generate_series(1, 100)"
+                    "INSERT INTO spent (link, key_id) SELECT '', place::text || number"
+                    " FROM gen_random_uuid() AS place, generate_series(1, 100) AS number"
                 )
 
         await self._run(EVERY_LINK, work)

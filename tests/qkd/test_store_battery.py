@@ -637,6 +637,30 @@ async def test_a_role_that_sees_every_row_is_named(
     assert "the role postgres is exempt from row-level security" in caplog.text
 
 
+async def test_a_check_writes_little(postgres: PostgresServer) -> None:
+    """After a checkpoint, PostgreSQL logs each page that changes as a whole, and a load balancer
+    checks each process all the time."""
+    import psycopg
+
+    schema = f"test_{next(SCHEMAS)}"
+    store = postgres_store(postgres, schema)
+    written = []
+    with psycopg.connect(postgres.url(schema, "postgres"), autocommit=True) as connection:
+        connection.execute(
+            "INSERT INTO spent (link, key_id)"
+            " SELECT 'b', gen_random_uuid()::text FROM generate_series(1, 20000)"
+        )
+        for _ in range(3):  # others may write in between
+            connection.execute("CHECKPOINT")
+            query: LiteralString = "SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), '0/0')"
+            [before] = connection.execute(query).fetchone() or [0]
+            await store.check()
+            [after] = connection.execute(query).fetchone() or [0]
+            written.append(after - before)
+    await store.aclose()
+    assert 0 < min(written) < 200_000
+
+
 async def test_a_pooler_that_drops_the_settings_is_refused(postgres: PostgresServer) -> None:
     import psycopg
 

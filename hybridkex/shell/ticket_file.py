@@ -43,11 +43,11 @@ class FileTicketStore:
     log, once until the file can be written again.
 
     Args:
-        path: the file, which is read now; it need not exist.
+        path: the file, which is read now; it need not exist, but its folder must.
         clock: seconds since the epoch.
 
     Raises:
-        ConfigError: the file cannot be read or is not a ticket store.
+        ConfigError: the file cannot be read, is not a ticket store, or is in no folder that exists.
     """
 
     def __init__(self, path: str | Path, *, clock: Callable[[], float] = time.time) -> None:
@@ -95,6 +95,12 @@ class FileTicketStore:
         return fitting[-1][1] if fitting else None
 
     def _load(self) -> dict[str, list[Any]]:
+        try:
+            os.stat(self._path.parent)
+        except FileNotFoundError as error:
+            raise write_error(self._path, error) from None
+        except (OSError, ValueError):
+            pass  # the reader says what is wrong
         try:
             text = read_utf8(self._path, missing=b"{}", own=True)
             tickets = load_json(text, most_values=None)

@@ -45,15 +45,15 @@ WRITING: tuple[Any, ...] = (
     (*RECEIVE, "--port-file", "{new}"),
     (*TUNNEL, "--port-file", "{new}"),
     (*WG, "--listen", "127.0.0.1:0", "--port-file", "{new}"),
-    (*CONNECT, "--resume", "{new}"),
     ("qkd", "plot", "--kind", "qber", "-o", "{new}.png"),
     ("qkd", "scan", "--vary", "distance_km=1", *SMALL[:2], "-o", "{new}.csv"),
     ("qkd", "record", *SMALL[4:], "--as-published", "--detections", "1000", "-o", "{new}"),
     pytest.param(("demo", "text", "--keep", "{new}"), marks=pytest.mark.slow),
     ("rndl", "--keep", "{new}"),
 )
-FILES = tuple(words for words in WRITING[2:9])
-"""Of them, those that make no folder."""
+RESUME = (*CONNECT, "--resume", "{new}")
+FILES = (*WRITING[2:8], RESUME)
+"""Those that make no folder."""
 TEMPORARY = (("demo", "text"), ("rndl",))
 
 
@@ -115,6 +115,17 @@ def test_a_full_disk(
     assert f"cannot write {'the key file ' if 'export-pool' in words else ''}{full}/new" in line
     assert "No space left on device; free some space there, or choose another" in line
     assert line.count(";") == 1
+
+
+def test_new_tickets_on_a_full_disk(hybridkex: Forkserver, place: Path, full: Path) -> None:
+    """The connection needs none of them."""
+    with hybridkex.listening(place, *SERVER, "--echo") as (port, _):
+        done = hybridkex.run(*where(RESUME, full / "new", port), folder=place)
+    assert done.returncode == 0
+    assert [one.name for one in full.iterdir()] == ["fill"], "no half of a file stays"
+    said = done.stderr.decode()
+    assert f"new session tickets are not stored: cannot write {full}/new" in said
+    assert said.count("No space left on device; free some space there, or choose") == 1
 
 
 @pytest.mark.parametrize("words", TEMPORARY, ids=named)

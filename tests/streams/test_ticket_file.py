@@ -147,8 +147,10 @@ def test_the_engine_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 async def test_new_tickets_that_cannot_be_written_are_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = tmp_path / "missing" / "tickets"
+    path = tmp_path / "removed" / "tickets"
+    path.parent.mkdir()
     client, server = configs(path)
+    path.parent.rmdir()
     assert not await connect(client, server, [], path)
     assert [one.levelname for one in caplog.records] == ["WARNING"]  # for two tickets
     assert "new session tickets are not stored: cannot write" in caplog.text

@@ -28,7 +28,14 @@ from tunnel_glue import (
 )
 from waiting import PATIENCE, trio_until
 
-from hybridkex import ClientConfig, DevCa, ServerConfig, TrustStore, open_secure_tcp_stream
+from hybridkex import (
+    ClientConfig,
+    DevCa,
+    SecureStream,
+    ServerConfig,
+    TrustStore,
+    open_secure_tcp_stream,
+)
 from hybridkex.apps.tunnel import TunnelConfig, TunnelMetrics, TunnelServer
 from hybridkex.apps.tunnel.sockets import listen
 from hybridkex.auth.dev_ca import write_identity
@@ -917,6 +924,36 @@ async def test_no_memory_is_no_internal_error(
         nursery.cancel_scope.cancel()
     assert "cut: this machine gives the program no more memory" in caplog.text
     assert "internal error" not in caplog.text
+
+
+@pytest.mark.parametrize("known", [True, False])
+async def test_unknown_peers_cannot_fill_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, known: bool
+) -> None:
+    """Where anybody may connect, a line for each connection is too many."""
+    ca = DevCa.create(algorithm="ed25519")
+    trust, identity = TrustStore((ca.certificate,)), ca.issue("localhost", algorithm="ed25519")
+
+    @asynccontextmanager
+    async def server_side() -> AsyncIterator[ServerConfig]:
+        yield ServerConfig(identities=(identity,), client_verifier=trust if known else None)
+
+    caplog.set_level("INFO", "hybridkex")
+    middle = UnixAddress(str(tmp_path / "middle"))
+    client = ClientConfig(verifier=trust, identity=identity if known else None)
+    async with serving(echo) as port, trio.open_nursery() as nursery:
+        tunnel = TunnelConfig(
+            name="in", local=middle, forward=TcpAddress("127.0.0.1", port), channel=server_side
+        )
+        await nursery.start(TunnelServer(TunnelMetrics()).run, (tunnel,))
+        for _ in range(25):
+            wire = await trio.open_unix_socket(middle.path)
+            async with SecureStream(wire, client, server_hostname="localhost") as stream:
+                await stream.send_all(b"x")
+                assert await stream.receive_some() == b"x"
+        nursery.cancel_scope.cancel()
+    lines = caplog.text.count("open; TLS 1.3")
+    assert lines == 25 if known else 5 <= lines <= 20
 
 
 async def test_a_new_tunnel_that_finds_no_descriptor_leaves_everything_as_it_was(

@@ -400,11 +400,12 @@ class _Connection:
         self._sockets = [socket]
         """Everything that has been opened, closed at the end."""
         self._channel: SecureStream[Any] | None = None
+        self._log: Callable[..., object] = partial(connection.log.log, logging.INFO)
+        """At a bounded rate, until the peer is known."""
 
     async def run(self) -> None:
         began = trio.current_time()
         out, back = self._out, self._back
-        log: Callable[..., object] = partial(LOG.log, logging.INFO)
         end = "cut: the tunnel is ending"  # if it is cancelled, alone or in a group
         try:
             with self._live.used():
@@ -425,7 +426,7 @@ class _Connection:
         except _Rejected as refused:
             self._counters.refused(refused.kind)
             end = f"refused: {refused}"
-            log = partial(self._connection.log.log, logging.WARNING)
+            self._log = partial(self._connection.log.log, logging.WARNING)
         except ConnectionCut as cut:
             end = f"cut: {cut}"
         except Exception as error:
@@ -438,7 +439,7 @@ class _Connection:
                 self._counters.cut.inc()
             for socket in self._sockets:
                 reset(socket)
-            log(
+            self._log(
                 "%s %s; %d bytes out, %d back, %.1f s",
                 self._what,
                 end,
@@ -521,7 +522,9 @@ class _Connection:
         self._counters.handshake(session)
         if self._config.allowed and not session.peer_is_one_of(self._config.allowed):
             raise _Rejected("name", f"{session.peer_subject} is not allowed")
-        LOG.info("%s open; %s", self._what, _described(session, as_json=self._config.json))
+        if session.peer_credential is not None or session.psk_identity is not None:
+            self._log = partial(LOG.log, logging.INFO)
+        self._log("%s open; %s", self._what, _described(session, as_json=self._config.json))
         return Leg("the channel", stream, socket)
 
 

@@ -39,10 +39,11 @@ def printable(text: str, *, most: int = MOST) -> str:
         text: from anywhere.
         most: characters to show; what is left out is in the middle.
     """
-    shown = escaped(text)
+    middle = max(0, len(text) - 2 * most)  # not escaped in vain: a peer's text may be millions long
+    shown = escaped(text[:most] + text[-most:] if middle else text)
     if len(shown) <= most:
         return shown
-    note = f"... ({len(shown):,} characters in all) ..."
+    note = f"... ({len(shown) + middle:,} characters in all) ..."
     end = (most - len(note)) // 3
     return f"{shown[: most - len(note) - end]}{note}{shown[-end:]}"
 

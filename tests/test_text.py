@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import logging
+import re
 import subprocess
 import sys
 import unicodedata
@@ -74,6 +75,25 @@ def test_a_message_that_quotes_a_long_text_keeps_both_ends(quoted: str) -> None:
         assert (" characters in all) ..." in shown) == (len(escaped(text)) > 4096)
         assert printable(shown) == shown == str(errors.ConfigError(text))
         assert len(printable(text, most=200)) <= 200
+
+
+def test_what_is_left_out_of_a_long_text_is_not_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer may send millions of characters, and escaping each of them takes time."""
+    text = "".join(map(chr, range(20_000)))
+    sizes: list[int] = []
+
+    def counting(part: str) -> str:
+        sizes.append(len(part))
+        return escaped(part)
+
+    monkeypatch.setattr("hybridkex.text.escaped", counting)
+    shown, whole = printable(text), escaped(text)
+    assert sizes == [2 * 4096]
+    before, after = re.split(r"\.\.\. \([\d,]+ characters in all\) \.\.\.", shown)
+    assert len(shown) == 4096
+    assert min(len(before), len(after)) > 1000
+    assert whole.startswith(before)
+    assert whole.endswith(after)
 
 
 @pytest.mark.parametrize(

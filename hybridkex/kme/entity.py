@@ -131,6 +131,9 @@ class _Link:
     """Blocks that have left the stock since the start, as far as they were noted."""
     awaited: int = 0
     """The value of ``gone`` at which the stock has room for the next keys."""
+    try_again: float | None = None
+    """When the next delivery may be tried, after one that could not be recorded, as on a full disk:
+    its keys are lost, as the other KME had promised them."""
     voids: TokenBucket = field(default_factory=lambda: TokenBucket(VOIDS_RATE, VOIDS_BURST))
     log: BoundedLog = field(default_factory=lambda: BoundedLog(LOG, rate=1 / 60, burst=5))
     """Rate-limits the lines that an SAE or the other KME can cause repeatedly."""
@@ -174,9 +177,6 @@ class KeyManagementEntity:
         self.log: Final = BoundedLog(LOG)
         """For log lines that any peer or SAE can cause again and again."""
         self._buckets = self._new_buckets()
-        self._try_again: float | None = None
-        """When the next delivery may be tried, after one that could not be recorded, as on a full
-        disk: its keys are lost, as the other KME had promised them."""
         self._renewal = trio.Event()
         """Set: the store may have rows that are encrypted under an earlier sealing key."""
 
@@ -308,11 +308,6 @@ class KeyManagementEntity:
         needed = per_key * request.number
         if self._audit is not None:
             await self._audit.check()
-        if self._try_again is not None:
-            if trio.current_time() < self._try_again:
-                raise KeySourceUnavailable("the last delivery could not be recorded")
-            self._try_again = trio.current_time() + TRY_AGAIN_AFTER  # the others wait for this one
-            await self._store.check()
         tried: set[str] = set()
         late: set[str] = set()
         waits = iter(LATE_WAITS)
@@ -438,6 +433,11 @@ class KeyManagementEntity:
         """The other KME's promise first, then our own durable mark. Raises ``BlocksRefused``."""
         allotments = tuple(one for one, _ in keys)
         local = [slave for slave in slaves if link.target == self.kme_id]
+        if link.try_again is not None:
+            if trio.current_time() < link.try_again:
+                raise KeySourceUnavailable("the last delivery could not be recorded")
+            link.try_again = trio.current_time() + TRY_AGAIN_AFTER  # the others wait for this one
+            await self._store.check()
         if link.target != self.kme_id:
             if link.peer is None:
                 raise ErrorResponse(503, "the KME at the other end is not connected")
@@ -452,12 +452,14 @@ class KeyManagementEntity:
                 ) from None
             except BlocksRefused:
                 self._note_peer(link, None)
+                if link.try_again is not None:
+                    link.try_again = trio.current_time()  # nothing was promised: the next may try
                 raise
             self._note_peer(link, None)
         try:
             await self._store.allot(link.target, allotments, master=master, slaves=local)
         except KeySourceUnavailable:
-            self._try_again = trio.current_time() + TRY_AGAIN_AFTER
+            link.try_again = trio.current_time() + TRY_AGAIN_AFTER
             raise
         except KeyConsumed:
             # One block expired, or went to the peer. The other KME's promises are useless now, and
@@ -467,7 +469,7 @@ class KeyManagementEntity:
             await self._erase(link, blocks, "overtaken")
             await self._tell_void(link, [one.key_id for one in allotments])
             raise ErrorResponse(503, "a key expired while it was being allotted") from None
-        self._try_again = None
+        link.try_again = None
         link.note_gone(sum(len(one.blocks) for one in allotments))
 
     def _note_peer(self, link: _Link, error: KeySourceUnavailable | None) -> None:

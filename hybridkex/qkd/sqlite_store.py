@@ -268,10 +268,18 @@ class SqliteKeyStore(KeyStore):
         self._seal = settled
 
     async def renew(self) -> bool:
-        if (await self._run(EVERY_LINK, _read_record, writes=False)).former:
-            await self._renew_rows()
-            await self._run(EVERY_LINK, lambda db: self._write_record(_read_record(db).renewed()))
-        return True
+        record = await self._run(EVERY_LINK, _read_record, writes=False)
+        if not record.former:
+            return True
+        await self._renew_rows()
+
+        def retire(_: _Db) -> bool:
+            if self._record() != record:  # another new key, for which this walk does not count
+                return False
+            self._write_record(record.renewed())
+            return True
+
+        return await self._run(EVERY_LINK, retire)
 
     def _renew_material(
         self, db: _Db, after: tuple[Any, ...]

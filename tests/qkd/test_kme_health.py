@@ -29,6 +29,7 @@ from hybridkex.kme.metrics import KmeMetrics
 from hybridkex.kme.peering import HttpPeer
 from hybridkex.kme.settings import EntitySettings, KmeLimits
 from hybridkex.net.address import TcpAddress
+from hybridkex.qkd.etsi014.models import ErrorResponse, KeyRequest
 from hybridkex.qkd.sqlite_store import SqliteKeyStore
 from hybridkex.qkd.store import new_key_file, read_key_file
 from hybridkex.secret import Secret
@@ -125,6 +126,44 @@ async def test_no_keys_are_used_up_while_none_can_be_delivered(
                 assert len(promises) == 1
                 if not pause:
                     assert (await alice.get("/bob/enc_keys")).status_code == 200
+
+
+async def test_requests_that_fail_for_other_reasons_take_no_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One request a second is tried after a delivery that could not be recorded. Requests for more
+    keys than there are, or to a KME that is away, would otherwise keep the others from it."""
+    store = SqliteKeyStore(tmp_path / "keys.db", Secret(bytes(32)))
+    peers = {"kme-b": frozenset({"bob"}), "kme-c": frozenset({"carl"})}
+    settings = EntitySettings(id="kme-a", saes=frozenset({"alice"}), peers=peers)
+    kme = KeyManagementEntity(settings, store=store, metrics=KmeMetrics())
+
+    class End:
+        async def ext_keys(self, _: Any) -> None:
+            await trio.lowlevel.checkpoint()
+
+    class Away(End):
+        async def ext_keys(self, _: Any) -> None:
+            raise KeySourceUnavailable("it cannot be reached")
+
+    for target, end in (("kme-b", End()), ("kme-c", Away())):
+        await store.add(target, [(str(uuid4()), Secret(bytes(32))) for _ in range(3)])
+        kme.connect(target, end)  # type: ignore[arg-type]
+
+    async def fails(*_: Any, **named: Any) -> None:
+        raise KeySourceUnavailable("the disk is full")
+
+    monkeypatch.setattr(entity, "TRY_AGAIN_AFTER", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(SqliteKeyStore, "allot", fails)
+        with pytest.raises(KeySourceUnavailable):
+            await kme.get_key("alice", "bob", KeyRequest())
+    monkeypatch.setattr(entity, "TRY_AGAIN_AFTER", 60.0)
+    for slave, number in (("bob", 4), ("carl", 1)):
+        with pytest.raises(ErrorResponse, match="503"):
+            await kme.get_key("alice", slave, KeyRequest(number=number))
+    assert len((await kme.get_key("alice", "bob", KeyRequest())).keys) == 1
+    await store.aclose()
 
 
 async def test_not_ready_without_a_peer(site: Site, serve: Any) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 from forked import Forkserver
 from postgres_server import PostgresServer, postgres_server
 from test_store_battery import SCHEMAS, block, key_id, keys, postgres_store
@@ -94,6 +95,23 @@ async def test_a_key_that_rows_need_cannot_be_left_out(opened: Open) -> None:
     await store.aclose()
     store = opened(NEWER)
     await check(store)
+    await store.aclose()
+
+
+async def test_another_new_key_while_the_first_is_being_taken_up(opened: Open) -> None:
+    """The walk through the keys began under the first one, and does not count for the second."""
+    store = opened(OLD)
+    await store.add("a", keys(*range(40)))
+    await store.change_keys(NEW, [OLD])
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(store.renew)
+        await trio.testing.wait_all_tasks_blocked()
+        await store.change_keys(NEWER, [OLD, NEW])
+    with pytest.raises(ConfigError, match="still encrypted under an earlier key file"):
+        await store.change_keys(NEWER)
+    await renewed(store)
+    await store.change_keys(NEWER)
+    assert len(await store.reserve("a", 40)) == 40
     await store.aclose()
 
 

@@ -262,7 +262,7 @@ class _Bob(_Side):
         forest = tuple(one.reshape(-1) for one in (self.forest, self.known, self.active))
         heights = np.array(plan.heights)
         tables = _tables(plan.frame, plan.room, len(plan.heights))
-        budget = 2 * plan.length + 64  # corrections; honest answers never need so many
+        key, corrected = self.key.reshape(-1), np.zeros(self.key.size, dtype=np.uint8)
         nodes = np.empty(0, dtype=np.int64)
         while True:
             begins = self.passes < len(plan.heights) and len(nodes) <= plan.few
@@ -276,19 +276,19 @@ class _Bob(_Side):
             if roots is not None:
                 roots ^= plan.pack(told[: len(told) - len(below)])
                 nodes = np.concatenate([nodes, self._wrong_roots()])
-            nodes, budget = steps.settle(
+            nodes, consistent = steps.settle(
                 *forest,
                 nodes,
                 leaves,
-                self.key.reshape(-1),
+                key,
                 *tables,
                 heights,
                 self.passes,
                 plan.room,
-                budget,
+                corrected,
             )
-            if budget < 0:
-                raise ReconciliationError("the corrections do not end")
+            if not consistent:
+                raise ReconciliationError("the parities contradict one another")
 
     def _wrong_roots(self) -> Nodes:
         """The roots of the pass that has begun are known; those that differ become active."""

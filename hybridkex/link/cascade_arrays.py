@@ -60,12 +60,12 @@ def settle(
     heights: Nodes,
     passes: int,
     room: int,
-    budget: int,
-) -> tuple[Nodes, int]:
+    corrected: Bits,
+) -> tuple[Nodes, bool]:
     """Correct the bits at ``leaves``, and those that turn out to be wrong because of it.
 
-    Returns the nodes to ask below, and what is left of ``budget``, a number of corrections; if it
-    is exceeded they end there.
+    Returns the nodes to ask below, and whether it went on to the end: it stops at a bit that is in
+    ``corrected`` already, which only false parities lead to.
     """
     trees = len(differs) >> (room + 1)
     bundles = trees // len(heights)
@@ -79,10 +79,10 @@ def settle(
         tree, place = at >> (room + 1), at & (size - 1)
         bundle = tree % bundles
         bits = _first(((bundle << room) + orders[tree // bundles, place]) << 3 | lane)
-        budget -= len(bits)
-        if budget < 0:
-            break
         at, mask = _split(bits)
+        if (corrected[at] & mask).any():
+            return nodes, False
+        np.bitwise_or.at(corrected, at, mask)
         np.bitwise_xor.at(key, at, mask)
         row = places[:passes, at & (size - 1)] + size
         row += (np.arange(passes)[:, None] * bundles + (at >> room)) << (room + 1)
@@ -102,7 +102,7 @@ def settle(
         at, mask = _split(found)
         np.bitwise_or.at(active, at, mask)
         nodes = np.concatenate([nodes, found])
-    return nodes, budget
+    return nodes, True
 
 
 def _still(differs: Bits, active: Bits, nodes: Nodes) -> Nodes:

@@ -57,7 +57,7 @@ def settle(
     heights: Any,
     passes: int,
     room: int,
-    budget: int,
+    corrected: Any,
 ) -> Any:
     size = 1 << room
     bundles = (len(differs) >> (room + 1)) // len(heights)
@@ -73,6 +73,9 @@ def settle(
             mask = np.uint8(1 << lane)
             if not differs[at] & mask:  # corrected a moment ago, as a leaf of another pass
                 continue
+            if corrected[bit] & mask:
+                return nodes, False
+            corrected[bit] |= mask
             bits[count] = bit << 3 | lane
             count += 1
             key[bit] ^= mask
@@ -83,9 +86,6 @@ def settle(
                 for _ in range(heights[number] + 1):
                     differs[tree + node] ^= mask
                     node >>= 1
-        budget -= count
-        if budget < 0:
-            break
         more = 0
         for k in range(len(nodes)):
             at = nodes[k] >> 3
@@ -128,4 +128,4 @@ def settle(
                     more += 1
         nodes = result[:more]
         leaves = leaves[:over]
-    return nodes, budget
+    return nodes, True

@@ -20,12 +20,7 @@ from aio_glue import Run, at_server
 from tls_glue import Pair
 from waiting import asyncio_until
 
-from hybridkex import (
-    ClientConfig,
-    HybridkexError,
-    SecureStream,
-    ServerConfig,
-)
+from hybridkex import ClientConfig, HybridkexError, SecureStream, ServerConfig
 from hybridkex.aio import create_connection, create_server, open_connection, start_server
 from hybridkex.anyio import HybridkexAttribute, SecureByteStream
 from hybridkex.crypto.schedule import ExporterSecret, ResumptionSecret, TrafficSecret
@@ -144,15 +139,23 @@ def test_of_the_engine(
     converse()
 
 
+async def connected(
+    client_config: ClientConfig, server_config: ServerConfig
+) -> tuple[Any, SecureStream[Any], SecureStream[Any]]:
+    """The client's transport, and both ends after the handshake."""
+    left, right = trio.testing.memory_stream_pair()
+    client = SecureStream(left, client_config, server_hostname="localhost")
+    server = SecureStream(right, server_config)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(client.do_handshake)
+        nursery.start_soon(server.do_handshake)
+    return left, client, server
+
+
 @pytest.mark.usefixtures("nothing_left")
 def test_of_trio(client_config: ClientConfig, server_config: ServerConfig) -> None:
     async def main() -> None:
-        left, right = trio.testing.memory_stream_pair()
-        client = SecureStream(left, client_config, server_hostname="localhost")
-        server = SecureStream(right, server_config)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(client.do_handshake)
-            nursery.start_soon(server.do_handshake)
+        left, client, server = await connected(client_config, server_config)
         await left.send_all(FORGED)
         for _ in range(2):
             with contextlib.suppress(trio.BrokenResourceError):
@@ -237,12 +240,7 @@ def test_of_trio_streams_that_the_program_keeps(
     """Whether they were closed, or have only failed."""
 
     async def main() -> None:
-        left, right = trio.testing.memory_stream_pair()
-        client = SecureStream(left, client_config, server_hostname="localhost")
-        server = SecureStream(right, server_config)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(client.do_handshake)
-            nursery.start_soon(server.do_handshake)
+        left, client, server = await connected(client_config, server_config)
         sessions = client.session, server.session
         assert secrets()
         async with trio.open_nursery() as nursery:

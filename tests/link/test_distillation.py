@@ -5,6 +5,7 @@ import hashlib
 import math
 import sys
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridkex.errors import ConfigError, LedgerDry, LedgerLost, LinkAuthenticationError, LinkError
-from hybridkex.link import cascade
+from hybridkex.link import cascade, cascade_arrays
 from hybridkex.link.authentication import Signatures, WegmanCarter, collision_probability
 from hybridkex.link.cascade import Cascade, Plan
 from hybridkex.link.entropy import binary_entropy
@@ -172,21 +173,30 @@ def test_alice_refuses_malformed_requests() -> None:
             alice.answer(requests[-1])
 
 
-def test_bob_ends_even_if_the_answers_are_noise() -> None:
-    draw = np.random.default_rng(2)
-    quick = Cascade(compiled=find_spec("numba") is not None)
+def test_bob_ends_soon_if_the_answers_are_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the first bit that would be corrected twice."""
+    rounds, still = 0, cascade_arrays._still
 
-    def converse() -> None:
-        search = quick.correct(draw.integers(0, 2, 5000, dtype=np.uint8), 0.05)
+    def counted(*arguments: Any) -> Any:
+        nonlocal rounds
+        rounds += 1
+        return still(*arguments)
+
+    monkeypatch.setattr(cascade_arrays, "_still", counted)
+    draw = np.random.default_rng(2)
+
+    def converse(compiled: bool) -> None:
+        search = Cascade(compiled=compiled).correct(draw.integers(0, 2, 5000, dtype=np.uint8), 0.05)
         alice = Cascade().respond(np.zeros(5000, dtype=np.uint8), 0.05)
         request = next(search)
         while True:
             answer = alice.answer(request)
             request = search.send(draw.bytes(len(answer)))
 
-    for _ in range(8):
-        with pytest.raises((ReconciliationError, StopIteration)):
-            converse()
+    for compiled in [False] * 8 + [True] * 8 * (find_spec("numba") is not None):
+        with pytest.raises(ReconciliationError, match="contradict one another"):
+            converse(compiled)
+    assert rounds < 100
 
 
 def test_an_answer_of_the_wrong_length_is_refused() -> None:

@@ -304,10 +304,16 @@ async def test_the_life_of_a_key(site: Site, serve: Any, caplog: pytest.LogCaptu
     assert key["key"] not in caplog.text
 
 
-def test_the_log_as_json_and_the_check(tmp_path: Path, hybridkex: Forkserver) -> None:
+@pytest.fixture
+def two_kmes(tmp_path: Path) -> Path:
+    """The settings of two KMEs, ``kme.toml`` in a folder ``s`` with all that they name."""
     folder = tmp_path / "s"
     assert main(["kme", "dev-up", str(folder), "--ports", "0,0", "--no-serve"]) == 0
-    path = folder / "kme.toml"
+    return folder / "kme.toml"
+
+
+def test_the_log_as_json_and_the_check(two_kmes: Path, hybridkex: Forkserver) -> None:
+    path, folder = two_kmes, two_kmes.parent
     checked = hybridkex.run("kme", "serve", path, "--check")
     assert (checked.returncode, checked.stdout) == (0, f"{path} can be served\n".encode())
     assert not (folder / "kme-a" / "keys.db").exists()
@@ -333,11 +339,9 @@ def test_the_log_as_json_and_the_check(tmp_path: Path, hybridkex: Forkserver) ->
 
 
 def test_the_check_refuses_what_a_run_refuses(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    two_kmes: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = tmp_path / "s"
-    assert main(["kme", "dev-up", str(folder), "--ports", "0,0", "--no-serve"]) == 0
-    path = folder / "kme.toml"
+    path, folder = two_kmes, two_kmes.parent
     good = path.read_text()
     port, link = free_port(), 'producer = "link"\nlink = '
     (folder / "other").symlink_to("kme-a")
@@ -363,13 +367,10 @@ def test_the_check_refuses_what_a_run_refuses(
 
 
 def test_a_peer_is_reached_over_tls_alone(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    two_kmes: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With "http://", keys that go by value would leave in the clear, to anybody."""
-    folder = tmp_path / "s"
-    assert main(["kme", "dev-up", str(folder), "--ports", "0,0", "--no-serve"]) == 0
-    path = folder / "kme.toml"
-    good = path.read_text()
+    path, good = two_kmes, two_kmes.read_text()
     for url in (
         *("http://127.0.0.1:1", "HTTP://127.0.0.1:1", "127.0.0.1:1", "//127.0.0.1:1", "https:", ""),
         *("https://127.0.0.1:1/kme", "https://127.0.0.1:1?x", "https://127.0.0.1:0"),
@@ -386,14 +387,11 @@ def test_a_peer_is_reached_over_tls_alone(
 
 
 @pytest.fixture
-def checked(tmp_path: Path, hybridkex: Forkserver) -> Callable[[], str]:
-    """``--check`` of the two KMEs in the folder ``s``: what it says; nothing if they can be
-    served."""
-    folder = tmp_path / "s"
-    assert main(["kme", "dev-up", str(folder), "--ports", "0,0", "--no-serve"]) == 0
+def checked(two_kmes: Path, hybridkex: Forkserver) -> Callable[[], str]:
+    """``--check`` of the two KMEs: what it says; nothing if they can be served."""
 
     def check() -> str:
-        done = hybridkex.run("kme", "serve", folder / "kme.toml", "--check")
+        done = hybridkex.run("kme", "serve", two_kmes, "--check")
         assert done.returncode == (1 if done.stderr else 0)
         return done.stderr.decode()
 

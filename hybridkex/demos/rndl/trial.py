@@ -83,10 +83,10 @@ class Trial:
     def wrong(self) -> list[str]:
         """Everything that contradicts the claim, including cells that were not tried."""
         found = []
+        tried = {(one.row, one.adversary): one.wrong for one in reversed(self.cells)}
         for row in rows():
             for adversary in ADVERSARIES:
-                cell = self.cell(row, adversary)
-                wrong = cell.wrong if cell is not None else "not tried"
+                wrong = tried.get((row, adversary), "not tried")
                 if wrong is not None:
                     found.append(f"{row.title}, against {adversary.title}: {wrong}")
         toy_wrong = self.toy.wrong if self.toy is not None else "not tried"

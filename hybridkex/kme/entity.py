@@ -555,7 +555,7 @@ class KeyManagementEntity:
                     await link.peer.void(key_ids[start : start + IDS_AT_ONCE])
             except KeySourceUnavailable as error:
                 # Unused promises also expire; this message frees their space sooner.
-                LOG.info("%s: %s", self.kme_id, error)
+                link.log.log(logging.INFO, "%s: %s", self.kme_id, error)
 
     async def get_key_with_ids(
         self, slave: str, master: str, key_ids: Sequence[str]

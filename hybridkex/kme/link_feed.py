@@ -407,10 +407,10 @@ class PartyFeed:
 
     def _late(self, times: int) -> None:
         if times == round(SLOW / LATE) and not self._real_time:
-            LOG.warning(
-                "%s: the other party announces that its light is late, and no block is made "
+            self._troubles.log(
+                logging.WARNING,
+                "the other party announces that its light is late, and no block is made "
                 "meanwhile: its KME is full until applications take keys, or its store fails",
-                self._name,
             )
 
     async def _block(self, party: Alice | Bob) -> None:

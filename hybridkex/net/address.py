@@ -51,7 +51,7 @@ def parse_tcp_address(text: str, *, default_port: int | None = None) -> TcpAddre
         whole = ":" not in port
     if not whole:
         raise ConfigError(f"{text!r} is not HOST:PORT; write an IPv6 address in brackets")
-    if not host:
+    if not host or not host.isprintable():
         raise ConfigError(f"{text!r} has no host")
     try:
         host.encode("idna" if host.isascii() else "utf-8")

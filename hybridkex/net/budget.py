@@ -42,11 +42,15 @@ class Connection:
         address: where the peer is, which holds a place until the peer has authenticated: an IPv4
             address, the /64 prefix of an IPv6 address, the user ID of a local program, or empty.
         log: for log lines that the peer can cause.
+        served: for the lines of ordinary use, if it is not known who the peer is.
         evicted: whether it was closed to make room for another connection.
     """
 
-    def __init__(self, transport: Carrier | None, log: BoundedLog) -> None:
+    def __init__(
+        self, transport: Carrier | None, log: BoundedLog, served: BoundedLog | None = None
+    ) -> None:
         self.log: Final = log
+        self.served: Final = served or log
         self.peer: Final = peer_name(transport)
         self.address: Final = network_of(transport)
         self._transport = transport

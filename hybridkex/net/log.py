@@ -8,6 +8,10 @@ from hybridkex.net.token_bucket import TokenBucket
 RATE: Final = 1.0
 BURST: Final = 20
 
+SERVED_RATE: Final = 10.0
+SERVED_BURST: Final = 200
+"""For peers that are served although nobody knows who they are: the lines of ordinary use."""
+
 
 class BoundedLog:
     """A logger that writes at most ``burst`` lines at once and ``rate`` lines a second.
@@ -28,13 +32,17 @@ class BoundedLog:
 
     def log(self, level: int, message: str, *args: object) -> bool:
         """Write a line, or count it. Returns whether it was written."""
-        if not self._logger.isEnabledFor(level):
+        if not (self._logger.isEnabledFor(level) and self.allows()):
             return False
+        self._logger.log(level, message, *args)
+        return True
+
+    def allows(self) -> bool:
+        """Whether a line may be written elsewhere now; otherwise it is counted."""
         if not self._bucket.take():
             self._suppressed += 1
             return False
         self.flush()
-        self._logger.log(level, message, *args)
         return True
 
     def flush(self) -> None:

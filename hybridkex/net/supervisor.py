@@ -32,7 +32,7 @@ from hybridkex.errors import HybridkexError
 from hybridkex.machine import is_scarce, refusal
 from hybridkex.net.budget import PATIENCE, Budget, Connection, TooManyConnections
 from hybridkex.net.descriptors import listening
-from hybridkex.net.log import BoundedLog
+from hybridkex.net.log import SERVED_BURST, SERVED_RATE, BoundedLog
 from hybridkex.net.pending import (
     ACCEPTED_BETWEEN,
     HANDSHAKES,
@@ -83,6 +83,7 @@ class Supervisor(Generic[T]):
         self._handler = handler
         self._name = name
         self.log: Final = BoundedLog(logger)
+        self._served = BoundedLog(logger, rate=SERVED_RATE, burst=SERVED_BURST)
         self._logger = logger
         self._handshakes = Budget(
             handshakes, what="new connections", patience=patience, freed=self._wake
@@ -145,6 +146,7 @@ class Supervisor(Generic[T]):
         while True:
             await trio.sleep(FLUSH_SECONDS)
             self.log.flush()
+            self._served.flush()
 
     # -- accepting
 
@@ -173,7 +175,7 @@ class Supervisor(Generic[T]):
         stream = await listener.accept()
         self._accepted += 1
         try:
-            pending.add(Connection(_transport_of(stream), self.log), stream)
+            pending.add(Connection(_transport_of(stream), self.log, self._served), stream)
         except BaseException:
             await _discard(stream)
             raise

@@ -1,5 +1,6 @@
 """Several key sources as one: in order of preference, or all of them at once."""
 
+import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Final
 
@@ -19,6 +20,7 @@ from hybridkex.errors import (
     KeyUnknown,
 )
 from hybridkex.net.event_loop import current_time, time_limit
+from hybridkex.net.log import BoundedLog
 from hybridkex.qkd.source import KeyReference, KeySource, QkdKey, SourceStatus
 from hybridkex.secret import Secret
 from hybridkex.text import get_logger
@@ -60,6 +62,7 @@ class FailoverSource:
         self._retry_after = retry_after
         self._timeout = timeout
         self._down_until = [0.0] * len(sources)
+        self._lines = BoundedLog(LOG)  # a peer may name keys that no source has
 
     async def get_key(self) -> QkdKey:
         """The first key that a source gives. Raises the last source's error if none does."""
@@ -96,7 +99,8 @@ class FailoverSource:
                 # The source failed. The other errors concern a key or its stock.
                 pause = max(self._retry_after, error.retry_after or 0.0)
                 self._down_until[index] = current_time() + pause
-            LOG.warning("key source %d of %d: %s", index + 1, len(self._sources), error)
+            text = "key source %d of %d: %s"
+            self._lines.log(logging.WARNING, text, index + 1, len(self._sources), error)
             errors.append(error)
         raise min(errors, key=_hope)
 

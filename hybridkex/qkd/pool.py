@@ -132,8 +132,8 @@ class FilePool:
             slaves=[self.local_sae],
         )
 
-    async def never_collected(self, key_ids: Sequence[str]) -> list[str]:
-        """Those of these IDs of the peer's keys that were never put into the pool."""
+    async def never_here(self, key_ids: Sequence[str]) -> list[str]:
+        """Those of these IDs whose keys were never put into the pool."""
         return await self._store.never_here(self._names.peer_kme, list(dict.fromkeys(key_ids)))
 
     async def get_key(self) -> QkdKey:

@@ -97,6 +97,16 @@ class Session:
         """The subject of the peer's certificate (RFC 4514)."""
         return self.peer_credential.subject if self.peer_credential is not None else None
 
+    @property
+    def peer_is_known(self) -> bool:
+        """Whether the peer has proved that it is somebody whom we know: by a PSK, or by a key for
+        which an authority, a pin or an earlier connection vouches."""
+        return self.psk_identity is not None or self.verified_by not in (
+            None,
+            "first use",
+            "insecure",
+        )
+
     def peer_is_one_of(self, names: Collection[str]) -> bool:
         """Whether a list of names contains the peer.
 

@@ -13,6 +13,7 @@ from typing import Final
 
 from interop.faults.services import Service
 from interop.faults.world import Broken
+from interop.immutable import can_be_immutable, immutable
 
 __all__ = ["FAULTS", "Fault"]
 
@@ -63,6 +64,31 @@ def no_descriptors(service: Service, choice: random.Random, seconds: float) -> I
         for process in service.processes:
             if process.alive():
                 process.limit(resource.RLIMIT_NOFILE, None)
+
+
+@contextmanager
+def read_only(service: Service, choice: random.Random, seconds: float) -> Iterator[None]:
+    """Its files and their folders are read-only, those that are open, too.
+
+    Nothing happens where the machine cannot do it (:func:`interop.immutable.can_be_immutable`).
+    """
+    folder = service.data
+    with immutable((folder, *folder.rglob("*")) if can_be_immutable(folder) else ()):
+        _use(service, seconds)
+        yield
+
+
+@contextmanager
+def clock(service: Service, choice: random.Random, seconds: float) -> Iterator[None]:
+    """The clock is moved, by an hour up to a year, forwards or back, and then right again."""
+    service.world.set_clock(
+        choice.choice([-1, 1]) * choice.choice([3600.0, 86_400.0, 31_536_000.0])
+    )
+    try:
+        _use(service, seconds)
+        yield
+    finally:
+        service.world.set_clock(0)
 
 
 @contextmanager
@@ -240,6 +266,8 @@ def killed(service: Service, choice: random.Random, seconds: float) -> Iterator[
 
 FAULTS: Final[tuple[Fault, ...]] = (
     disk_full,
+    read_only,
+    clock,
     no_descriptors,
     no_threads,
     no_memory,

@@ -1,7 +1,8 @@
-"""Runs a module as ``python -m`` does, in a process where no thread can be started on demand.
+"""Runs a module as ``python -m`` does, in a process with a clock and with threads of its own.
 
-``python -m interop.faults.launch FLAG MODULE WORD...``: while the file FLAG exists, a new thread is
-refused as the system refuses it at its limit of tasks (pthread_create(3): EAGAIN).
+``python -m interop.faults.launch FOLDER MODULE WORD...``: the clock is ahead by as many seconds as
+the file ``clock`` in the folder says (:mod:`interop.clock`). While there is a file ``no-threads``,
+a new thread is refused as the system refuses it at its limit of tasks (pthread_create(3): EAGAIN).
 """
 
 import _thread
@@ -9,10 +10,15 @@ import os
 import runpy
 import sys
 import threading
+from pathlib import Path
+
+from interop.clock import follow
 
 
 def main() -> None:
-    flag, module = sys.argv[1:3]
+    folder, module = Path(sys.argv[1]), sys.argv[2]
+    flag = folder / "no-threads"
+    follow(folder / "clock")
     del sys.argv[:3]
     sys.argv.insert(0, module)
     start = threading._start_new_thread  # type: ignore[attr-defined]

@@ -109,6 +109,7 @@ class World:
         self.logs.mkdir()
         self.no_threads: Final = folder / "no-threads"
         """While this file exists, no process can start a thread."""
+        self._clock = folder / "clock"
         self.processes: Final[list[Process]] = []
         self._environment = {
             **os.environ,
@@ -118,10 +119,16 @@ class World:
             TOKEN: str(folder),
         }
 
+    def set_clock(self, ahead: float) -> None:
+        """Let the clocks of all processes be so many seconds ahead."""
+        new = self._clock.with_suffix(".new")
+        new.write_text(str(ahead))
+        new.replace(self._clock)
+
     def start(self, name: str, *words: object, module: str = "hybridkex") -> Process:
         """Start a command and write its standard error to a log."""
         log = self.logs / f"{name}.log"
-        launch = ("-m", "interop.faults.launch", str(self.no_threads), module)
+        launch = ("-m", "interop.faults.launch", str(self.folder), module)
         command = [sys.executable, *launch, *map(str, words)]
         with log.open("ab") as errors:
             before = errors.tell()

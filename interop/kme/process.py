@@ -9,12 +9,12 @@ import contextlib
 import multiprocessing
 import os
 import sys
-import time
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Final
 
+from interop.clock import follow
 from interop.kme.mutants import MUTANTS
 
 __all__ = ["QUICK_LIMITS", "Manner", "start"]
@@ -67,27 +67,13 @@ def _serve(folder: Path, log: Path, manner: Manner) -> None:
         os.dup2(file.fileno(), 1)
     from hybridkex.cli import main  # noqa: PLC0415  # not needed where processes are started
 
-    _set_clock_by(folder / "clock")
+    follow(folder / "clock")
     if manner.quick:
         _be_quick()
     if manner.mutant is not None:
         MUTANTS[manner.mutant]()
     sys.argv = ["hybridkex", "kme", "serve", str(folder / "kme.toml")]
     os._exit(main(sys.argv[1:]))
-
-
-def _set_clock_by(file: Path) -> None:
-    real, monotonic = time.time, time.monotonic
-    ahead, due = 0.0, 0.0
-
-    def shown() -> float:
-        nonlocal ahead, due
-        if monotonic() > due:
-            due = monotonic() + 0.1
-            ahead = float(file.read_text())
-        return real() + ahead
-
-    time.time = shown
 
 
 def _be_quick() -> None:

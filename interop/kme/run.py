@@ -17,10 +17,11 @@ import trio
 from hybridkex.errors import KeySourceError, KeyUnauthorized, KeyUnknown
 from hybridkex.qkd.etsi014.client import KmeClient
 from hybridkex.qkd.etsi014.models import KeyContainer, KeyRequest
+from interop.immutable import can_be_immutable
 from interop.kme.faults import OF_PROCESSES, OF_SITES, Fault
 from interop.kme.history import Call, Verdict, check
 from interop.kme.process import Manner
-from interop.kme.sites import KMES, Site, Sites, can_be_immutable
+from interop.kme.sites import KMES, Site, Sites
 from interop.postgres import own_databases
 
 __all__ = ["NotRecovered", "Outcome", "Plan", "run"]

@@ -1,11 +1,9 @@
 """Two sites: their processes, their stores, and the network between them."""
 
-import fcntl
 import os
 import resource
 import signal
 import sqlite3
-import struct
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -18,11 +16,12 @@ import trio
 from hybridkex.auth.dev_ca import DevCa, write_identity
 from hybridkex.qkd.etsi014.client import KmeAccess
 from hybridkex.qkd.store import write_key_file
+from interop.immutable import immutable
 from interop.kme.process import QUICK_GRACE, QUICK_LIMITS, Manner, start
 from interop.ports import free_port
 from interop.postgres import PostgresServer
 
-__all__ = ["KMES", "Cable", "Site", "Sites", "can_be_immutable"]
+__all__ = ["KMES", "Cable", "Site", "Sites"]
 
 KMES: Final = ("kme-a", "kme-b")
 
@@ -171,15 +170,9 @@ class Site:
 
     @contextmanager
     def read_only(self) -> Iterator[None]:
-        """The files of the store cannot be changed, whoever has them open (chattr(1), ``i``)."""
-        files = [one for one in self.folder.glob("keys.db*") if one.is_file()]
-        for file in files:
-            _set_immutable(file, True)
-        try:
+        """The files of the store cannot be changed, whoever has them open."""
+        with immutable(self.folder.glob("keys.db*")):
             yield
-        finally:
-            for file in files:
-                _set_immutable(file, False)
 
     def spent(self) -> set[str]:
         """The IDs of all keys that have left the stock, while no process runs."""
@@ -204,32 +197,6 @@ def _limit_files(pids: Iterable[int], size: int) -> None:
     for pid in pids:
         with suppress(ProcessLookupError):
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-
-
-_GET_FLAGS, _SET_FLAGS, _IMMUTABLE = 0x80086601, 0x40086602, 0x10
-"""Of ioctl_iflags(2)."""
-
-
-def _set_immutable(file: Path, on: bool) -> None:
-    """A file that is gone stays so."""
-    with suppress(FileNotFoundError), file.open("rb") as opened:
-        [flags] = struct.unpack("l", fcntl.ioctl(opened, _GET_FLAGS, bytes(8)))
-        flags = flags | _IMMUTABLE if on else flags & ~_IMMUTABLE
-        fcntl.ioctl(opened, _SET_FLAGS, struct.pack("l", flags))
-
-
-def can_be_immutable(folder: Path) -> bool:
-    """Whether this user may make files of a folder immutable, and its file system can."""
-    file = folder / "immutable"
-    file.touch()
-    try:
-        _set_immutable(file, True)
-        _set_immutable(file, False)
-    except OSError:
-        return False
-    finally:
-        file.unlink()
-    return True
 
 
 class Sites:

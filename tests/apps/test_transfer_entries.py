@@ -732,19 +732,26 @@ async def test_a_failing_disk_is_no_lack(
     assert not (target / "file").exists() or call == "fsync"
 
 
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (errno.EXDEV, "on another file system than the receiver's folder"),
+        (errno.EBUSY, "a file system is mounted under this name; unmount it, or send under"),
+    ],
+)
 async def test_a_folder_on_another_file_system(
-    tmp_path: Path, configs: Configs, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, configs: Configs, monkeypatch: pytest.MonkeyPatch, number: int, said: str
 ) -> None:
     source, target = tmp_path / "file", tmp_path / "target"
     source.write_bytes(b"content")
 
     def elsewhere(*args: object, **more: object) -> None:
-        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "rename", elsewhere)
     monkeypatch.setattr(os, "link", elsewhere)
     outcome, _ = await deliver(configs, target, source)
-    assert "on another file system than the receiver's folder" in outcome.failed["file"]
+    assert said in outcome.failed["file"]
 
 
 def decoys(folder: Path) -> dict[Path, str]:

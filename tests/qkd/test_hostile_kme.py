@@ -1,8 +1,10 @@
 """A KME that answers whatever it likes, to an SAE and to the KME at the other end of a link."""
 
+import base64
 import gzip
+import json
 import resource
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ import trio
 from hybridkex.errors import KeySourceError
 from hybridkex.kme.peering import ExtKeys, HttpPeer
 from hybridkex.qkd.etsi014.client import KmeAccess, KmeClient
+from hybridkex.qkd.etsi014.pool_filling import draw_into_pool
 from hybridkex.qkd.etsi014.transport import KmeTransport
-from hybridkex.qkd.store import BlocksRefused
+from hybridkex.qkd.pool import FilePool, PoolNames
+from hybridkex.qkd.store import BlocksRefused, write_key_file
 
 ID = "00000000-0000-0000-0000-000000000000"
 NONE = Path("none")
@@ -68,12 +72,14 @@ async def plain(stream: trio.abc.Stream, name: str) -> tuple[trio.abc.Stream, by
 
 
 class Kme:
-    """Answers every request with ``self.answer``; keeps what it was asked."""
+    """Answers every request with ``self.answer``, or what ``self.answers`` says; keeps what it was
+    asked."""
 
     answer = b""
 
     def __init__(self) -> None:
         self.requests: list[bytes] = []
+        self.answers: Callable[[bytes], bytes] = lambda _: self.answer
 
     async def serve(self, stream: trio.SocketStream) -> None:
         request = b""
@@ -85,7 +91,7 @@ class Kme:
                         return
                     request += bytes(part)
                 self.requests.append(request)
-                await stream.send_all(self.answer)
+                await stream.send_all(self.answers(request))
                 await stream.send_eof()
                 with trio.move_on_after(2):
                     while await stream.receive_some():
@@ -132,6 +138,42 @@ async def _with(kme: Kme, body: Callable[[int], Awaitable[None]]) -> None:
         nursery.start_soon(trio.serve_listeners, kme.serve, [listener])
         await body(listener.socket.getsockname()[1])
         nursery.cancel_scope.cancel()
+
+
+async def test_a_pool_takes_no_key_twice(kme: Kme, tmp_path: Path) -> None:
+    """Nor are its IDs announced: neither from two answers, nor on another day."""
+    write_key_file(tmp_path / "key")
+    names = PoolNames(sae="a", kme="A", peer_sae="b", peer_kme="B")
+    files = dict.fromkeys(("ca", "certificate", "key"), NONE)
+    status = dict.fromkeys(("source_KME_ID", "target_KME_ID"), "A")
+    status |= dict.fromkeys(("master_SAE_ID", "slave_SAE_ID"), "a")
+    numbers = ("key_size", "stored_key_count", "max_key_count", "max_key_per_request")
+    numbers += ("max_key_size", "min_key_size", "max_SAE_ID_count")
+    keys = {"keys": [{"key_ID": ID, "key": base64.b64encode(bytes(32)).decode()}]}
+    announced: list[Sequence[str]] = []
+
+    async def body(port: int) -> None:
+        async with (
+            KmeClient(
+                KmeAccess(url=f"https://127.0.0.1:{port}", kme_id="A", **files), handshake=plain
+            ) as client,
+            FilePool.open(tmp_path / "pool", key_file=tmp_path / "key", names=names) as pool,
+        ):
+            for _ in range(2):
+                with pytest.raises(KeySourceError, match="an ID that it had given before"):
+                    await draw_into_pool(
+                        pool, client, 2, announce=lambda ids: announced.append(list(ids))
+                    )
+            assert (await pool.status()).stored == 1
+
+    def answers(request: bytes) -> bytes:
+        is_status = request.split()[1].endswith(b"/status")
+        found = {**status, **dict.fromkeys(numbers, 1)} if is_status else keys
+        return answer(body=json.dumps(found).encode())
+
+    kme.answers = answers
+    await _with(kme, body)
+    assert announced == [[ID]]
 
 
 async def test_no_answer_of_a_kme_is_an_error_of_ours(kme: Kme) -> None:

@@ -13,9 +13,11 @@ import httpx
 import pytest
 import trio
 from forked import Forkserver
+from spoiled import spoiled
 from waiting import until
 
 from hybridkex.cli import main
+from hybridkex.cli.actions.kme import _reload
 from hybridkex.errors import ConfigError
 from hybridkex.kme.config import ServeConfig, load_config
 from hybridkex.kme.serve import KmeServer
@@ -58,7 +60,6 @@ def test_a_reload(hybridkex: Forkserver, site: Path, tmp_path: Path) -> None:
         changed = good.replace("[[kme.peer]]", "limits.max_key_per_request = 7\n[[kme.peer]]")
         hang_up(changed, " reloaded")
         assert http.get("/bob/status").json()["max_key_per_request"] == 7
-        rng = random.Random(33)
         for broken in (
             "",
             good.replace("kme-a/ca.pem", "missing"),
@@ -67,7 +68,6 @@ def test_a_reload(hybridkex: Forkserver, site: Path, tmp_path: Path) -> None:
             good.replace('"kme-a"', '"kme-c"'),
             good.replace('saes = ["alice"]', 'saes = ["bob"]'),
             good.replace("kme-a/ca.pem", "kme-a\\u0000ca.pem"),
-            *(good[: rng.randrange(len(good) - 40)] for _ in range(5)),
         ):
             hang_up(broken, "not reloaded")
             assert http.get("/bob/status").json()["max_key_per_request"] == 7
@@ -75,6 +75,42 @@ def test_a_reload(hybridkex: Forkserver, site: Path, tmp_path: Path) -> None:
         assert http.get("/bob/status").json()["max_key_per_request"] == 128
         assert http.get("/bob/enc_keys").status_code == 200
     assert server.poll() is None
+
+
+async def test_files_that_cannot_be_used_change_nothing(
+    site: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """200 of them: what they say, what they name, and what a crash of an editor leaves."""
+    path = site / "kme.toml"
+    good = path.read_text()
+    files = ("ca", "certificate", "key", "key_file")
+    broken = random.Random(33).sample(spoiled(good, site, files=files, harmless=("saes",)), 200)
+    server = KmeServer(load_config(path))
+    caplog.set_level("INFO", "hybridkex.cli.kme")
+    async with trio.open_nursery() as nursery:
+        where = await nursery.start(server.serve)
+        with client(site, str(where.kmes["kme-a"].port)) as http:
+
+            async def draws() -> None:
+                while (await trio.to_thread.run_sync(http.get, "/bob/enc_keys")).is_error:  # noqa: ASYNC110
+                    await trio.sleep(0.05)  # another task makes the keys
+
+            for number, text in enumerate(broken):
+                path.write_text(text, encoding="utf-8", errors="surrogatepass")
+                caplog.clear()
+                await _reload(server, partial(load_config, path))
+                said = caplog.messages
+                difference = set(text.splitlines()) - set(good.splitlines())
+                assert len(said) == 1, (difference, said)
+                assert "not reloaded, the old configuration stays" in said[0], difference
+                assert not re.search(r": \w+Error$", said[0]), (difference, said)
+                if number % 25 == 0:
+                    await draws()
+            path.write_text(good)
+            await _reload(server, partial(load_config, path))
+            assert caplog.messages[-1] == "reloaded"
+            await draws()
+        server.close()
 
 
 @pytest.mark.parametrize(

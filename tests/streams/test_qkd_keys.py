@@ -31,6 +31,7 @@ from hybridkex import (
     ServerConfig,
     TrustStore,
 )
+from hybridkex.auth import Pins, spki_sha256
 from hybridkex.errors import (
     AlertReceived,
     ConfigError,
@@ -394,6 +395,36 @@ async def test_a_peer_by_its_certificate(
         },
         server={"client_verifier": TrustStore((ca.certificate,)), "policy": PREFER},
         names=("alice.example",),
+    )
+    if not draws:
+        sites.alice.draw_error = KeySourceUnavailable("down")
+    _, _, _, server = await shake(sites)
+    assert type(server) is (refused or type(None))
+
+
+@pytest.mark.parametrize(
+    ("named", "draws", "refused"),
+    [
+        (None, True, None),
+        (None, False, PolicyRefused),  # a name that it wrote itself gets it out of nothing
+        ("alice.example", True, PolicyRefused),  # nor does it make a key its own
+        ("alice.example", False, None),
+    ],
+)
+async def test_a_peer_by_its_pin(
+    make_sites: Callable[..., Sites],
+    ca: DevCa,
+    named: str | None,
+    draws: bool,
+    refused: type[Exception] | None,
+) -> None:
+    """The holder of a pinned key calls himself alice.example: nobody vouches for that."""
+    identity = ca.issue("alice.example")
+    pin = spki_sha256(identity.leaf)
+    sites = make_sites(
+        client={"identity": identity, "policy": PREFER},
+        server={"client_verifier": Pins(frozenset((pin,))), "policy": PREFER},
+        names=(named or f"sha256:{pin}",),
     )
     if not draws:
         sites.alice.draw_error = KeySourceUnavailable("down")

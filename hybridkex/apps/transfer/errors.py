@@ -21,6 +21,7 @@ _WORDS: Final = {
     errno.EINVAL: "the file system does not accept this name or value",
     errno.EMFILE: "this process has too many open files (see 'ulimit -n')",
     errno.ENFILE: "this machine has too many open files",
+    errno.EBUSY: "a file system is mounted under this name; unmount it, or send under another name",
     errno.EIO: "the disk reports an error",
     errno.ENOSYS: "the file system does not have this operation",
     errno.ENOLCK: "the file system has no locks, which keep two transfers of one file apart",

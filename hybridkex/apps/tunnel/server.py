@@ -400,8 +400,8 @@ class _Connection:
         self._sockets = [socket]
         """Everything that has been opened, closed at the end."""
         self._channel: SecureStream[Any] | None = None
-        self._log: Callable[..., object] = partial(connection.log.log, logging.INFO)
-        """At a bounded rate, until the peer is known."""
+        self._log: Callable[..., object] = partial(connection.served.log, logging.INFO)
+        """At a bounded rate, unless a client is known."""
 
     async def run(self) -> None:
         began = trio.current_time()
@@ -522,7 +522,7 @@ class _Connection:
         self._counters.handshake(session)
         if self._config.allowed and not session.peer_is_one_of(self._config.allowed):
             raise _Rejected("name", f"{session.peer_subject} is not allowed")
-        if session.peer_credential is not None or session.psk_identity is not None:
+        if isinstance(channel, ServerConfig) and session.peer_is_known:
             self._log = partial(LOG.log, logging.INFO)
         self._log("%s open; %s", self._what, _described(session, as_json=self._config.json))
         return Leg("the channel", stream, socket)

@@ -32,6 +32,7 @@ from hybridkex.errors import (
     LocalStateError,
     TruncationError,
 )
+from hybridkex.net.log import BoundedLog
 from hybridkex.text import get_logger
 
 LABEL: Final = b"hybridkex wireguard psk v2"
@@ -152,6 +153,7 @@ class Rotator:
         self._lock = trio.Lock()
         self._in_force = _InForce(_State.UNKNOWN, clock())
         self._complained = ""
+        self._lines = BoundedLog(log)  # the peer may want another key at any time
         self._begun = self._newest = 0
 
     @property
@@ -264,7 +266,8 @@ class Rotator:
 
     def _rotated(self, result: Exchanged) -> Exchanged:
         legs = [*result.parts, *(["QKD"] if result.qkd_key_ids else [])]
-        log.info(
+        self._lines.log(
+            logging.INFO,
             "%s: new pre-shared key with %s, from %s",
             *(self.tunnel.interface, self._config.peer, ", ".join(legs)),
         )

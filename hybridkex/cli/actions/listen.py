@@ -67,7 +67,8 @@ async def _listen(options: ListenOptions, config: ServerConfig) -> None:
             await _shake_hands(stream)
             connection.admit(budget, is_used=lambda: stream.has_carried_data)
             async with turn:
-                await _serve(options, stream)
+                known = stream.session.peer_is_known
+                await _serve(options, stream, told=known or connection.served.allows())
 
     await Supervisor(handle, name="listen", logger=LOG).serve(listeners)
 
@@ -103,12 +104,15 @@ async def _shake_hands(stream: Stream) -> None:
         raise ChannelFailed(f"handshake failed: {broken(error)}") from None
 
 
-async def _serve(options: ListenOptions, stream: Stream) -> None:
-    report(stream.session, as_json=options.channel.json)
+async def _serve(options: ListenOptions, stream: Stream, *, told: bool = True) -> None:
+    """``told``: what the keys rest on is printed."""
+    if told:
+        report(stream.session, as_json=options.channel.json)
     try:
         await (_echo(stream) if options.echo else pipe(stream))
     finally:
-        report_epochs(stream.session, as_json=options.channel.json)
+        if told:
+            report_epochs(stream.session, as_json=options.channel.json)
 
 
 async def _echo(stream: Stream) -> None:

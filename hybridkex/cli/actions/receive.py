@@ -133,7 +133,8 @@ class _Server:
                 # Within what is left of its handshake deadline.
                 await receiver.turn_away(stream)
                 raise
-            report(stream.session, as_json=self._options.channel.json)
+            if stream.session.peer_is_known or connection.served.allows():
+                report(stream.session, as_json=self._options.channel.json)
             if await receiver.serve(stream) and self._options.once:
                 self._request.finish()
                 self._done.set()

@@ -3,10 +3,12 @@
 ``docs/tunnel.md`` describes the configuration file and each step.
 """
 
+import os
 import sys
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -15,6 +17,7 @@ import trio
 from prometheus_client import CollectorRegistry
 
 import hybridkex
+from hybridkex.apps.port_file import check_new_file
 from hybridkex.apps.tunnel import (
     TunnelConfig,
     TunnelMetrics,
@@ -115,20 +118,20 @@ def _settings(
     )
 
 
-def load_file(path: Path) -> TunnelSettings:
-    """The tunnels of a configuration file.
+def load_file(path: Path, *, check: bool = False) -> TunnelSettings:
+    """The tunnels of a configuration file; with ``check`` to be opened, and not to run.
 
     Raises:
         ConfigError: it cannot be read or used; the message names the file.
     """
     try:
-        return _from_tables(read_toml(path), path.absolute().parent)
+        return _from_tables(read_toml(path), path.absolute().parent, check=check)
     except ConfigError as error:
         text = str(error)
         raise ConfigError(text if str(path) in text else f"{path}: {text}") from None
 
 
-def _from_tables(tables: dict[str, Any], base: Path) -> TunnelSettings:
+def _from_tables(tables: dict[str, Any], base: Path, *, check: bool = False) -> TunnelSettings:
     recipe = partial(_from_tables, deepcopy(tables), base)
     found: list[TunnelConfig] = []
     for kind, options, make in _KINDS:
@@ -138,10 +141,20 @@ def _from_tables(tables: dict[str, Any], base: Path) -> TunnelSettings:
         for index, item in enumerate(items, 1):
             where = f"[[{kind}]] {item.get('name', index)}"
             try:
-                found.append(make(_read(options, item, where, base)))
+                read = _read(options, item, where, base)
+                found.append(make(_without_new_files(read) if check else read))
             except ConfigError as error:
                 raise ConfigError(f"{where}: {error}") from None
     return _settings(_read(ProcessOptions, tables, "the file", base), found, recipe)
+
+
+def _without_new_files(options: TunnelOptions) -> TunnelOptions:
+    """Without a key log that would be created. Raises ``ConfigError`` if it could not be."""
+    path = options.channel.keylog
+    if path is None or os.path.lexists(path):
+        return options
+    check_new_file(path)
+    return replace(options, channel=replace(options.channel, keylog=None))
 
 
 _KINDS: Final[tuple[tuple[str, type, Callable[[Any], TunnelConfig]], ...]] = (
@@ -184,7 +197,7 @@ def run_file(options: FileOptions) -> int:
     load = partial(load_file, options.file)
     if not options.check:
         return _run(load)
-    settings = load()
+    settings = load_file(options.file, check=True)
     run_trio(partial(_check, settings))
     count = len(settings.tunnels)
     print(f"{options.file}: {count} tunnel{'s' if count > 1 else ''}")

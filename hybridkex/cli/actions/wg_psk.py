@@ -1,6 +1,7 @@
 """``hybridkex wg-psk``: rotates the pre-shared key of a WireGuard tunnel."""
 
 import errno
+import logging
 import shlex
 import signal
 import sys
@@ -194,7 +195,8 @@ async def _listen(options: WgPskOptions, rotator: Rotator) -> None:
             except HybridkexError as error:
                 if not authenticated:
                     raise  # Not our peer: the supervisor logs it at a bounded rate.
-                log.warning("%s: rotation failed: %s; %s", interface, error, rotator.standing)
+                text = "%s: rotation failed: %s; %s"
+                connection.log.log(logging.WARNING, text, interface, error, rotator.standing)
                 return
             if options.once:
                 nursery.cancel_scope.cancel()

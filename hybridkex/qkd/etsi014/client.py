@@ -1,5 +1,6 @@
 """An ETSI GS QKD 014 client and the key source on top of it."""
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from hybridkex.errors import (
 )
 from hybridkex.json_text import load_json
 from hybridkex.net.event_loop import time_limit
+from hybridkex.net.log import BoundedLog
 from hybridkex.qkd.etsi014 import models
 from hybridkex.qkd.etsi014.mutual_tls import TlsHandshake, client_tls
 from hybridkex.qkd.etsi014.naming import IdRule, id_of_certificate
@@ -140,6 +142,7 @@ class KmeClient:
         self._kme_id = access.kme_id
         self._post = access.always_post
         self._slash = ""  # a trailing slash, if this KME wants one
+        self._lines = BoundedLog(LOG)  # a peer may name keys that the KME does not have
         handshake = handshake or client_tls(
             access.tls, ca=access.ca, certificate=access.certificate, key=access.key
         )
@@ -314,7 +317,7 @@ class KmeClient:
             )
         refused = classify(answer.status, models.message_of(value), looking_up=looking_up)
         refused.retry_after = _retry_after(answer)
-        LOG.info("%s: %s", call, refused)
+        self._lines.log(logging.INFO, "%s: %s", call, refused)
         raise refused
 
     async def _exchange(

@@ -5,7 +5,13 @@ Each site runs this once in either role, so that both can open connections witho
 
 from collections.abc import Callable, Sequence
 
-from hybridkex.errors import KeyConsumed, KeyExpired, KeySourceError, KeyUnknown
+from hybridkex.errors import (
+    KeyConsumed,
+    KeyExpired,
+    KeySourceError,
+    KeySourceUnavailable,
+    KeyUnknown,
+)
 from hybridkex.qkd.etsi014.client import KmeClient
 from hybridkex.qkd.etsi014.models import DeliveredKey, KeyRequest
 from hybridkex.qkd.pool import FilePool, PoolNames
@@ -46,7 +52,7 @@ async def draw_into_pool(
         key_bits: length of a key, in bits.
 
     Raises:
-        KeySourceError: the KME gives no more keys. Earlier keys are in the pool.
+        KeySourceError: the KME gives no more keys, or one again. Earlier keys are in the pool.
     """
     names = pool.names
     at_once = max(1, (await client.status(names.peer_sae)).max_key_per_request)
@@ -54,7 +60,13 @@ async def draw_into_pool(
     while len(drawn) < number:
         request = KeyRequest(number=min(at_once, number - len(drawn)), size=key_bits)
         found = await client.enc_keys(names.peer_sae, request)
-        drawn += [item.key_id for item in found.keys]
+        new = [item.key_id for item in found.keys]
+        if await pool.never_here(new) != new:
+            raise KeySourceUnavailable(
+                "the KME gave a key with an ID that it had given before, and no key may be used "
+                "twice; keys of its earlier answers are in the pool"
+            )
+        drawn += new
         announce(drawn)
         await pool.add([_key(names, item, master=True) for item in found.keys])
 
@@ -75,7 +87,7 @@ async def collect_into_pool(
     """
     names = pool.names
     at_once = max(1, (await client.status(names.peer_sae)).max_key_per_request)
-    wanted = await pool.never_collected(key_ids)
+    wanted = await pool.never_here(key_ids)
     refused: dict[str, KeySourceError] = {}
 
     async def collect(some: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 import datetime
 import time
 from pathlib import Path
+from typing import Self
 
 __all__ = ["follow"]
 
@@ -33,8 +34,8 @@ def follow(file: Path) -> None:
 
     class Moved(moment, metaclass=Any):
         @classmethod
-        def now(cls, tz: datetime.tzinfo | None = None) -> datetime.datetime:  # type: ignore[override]
-            return moment.now(tz) + datetime.timedelta(seconds=offset())
+        def now(cls, tz: datetime.tzinfo | None = None) -> Self:
+            return super().now(tz) + datetime.timedelta(seconds=offset())
 
     time.time = lambda: real() + offset()
     datetime.datetime = Moved  # type: ignore[misc]

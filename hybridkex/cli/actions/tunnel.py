@@ -141,7 +141,7 @@ def _from_tables(tables: dict[str, Any], base: Path, *, check: bool = False) -> 
         for index, item in enumerate(items, 1):
             where = f"[[{kind}]] {item.get('name', index)}"
             try:
-                read = _read(options, item, where, base)
+                read: TunnelOptions = _read(options, item, where, base)
                 found.append(make(_without_new_files(read) if check else read))
             except ConfigError as error:
                 raise ConfigError(f"{where}: {error}") from None

@@ -48,11 +48,17 @@ _NO_POOLER: Final = (
     "of its own"
 )
 
+_OWNER: Final = "make the role the owner of the database, or of a schema in its search_path"
+
 _NEXT_STEPS: Final = {
     "unsupported startup parameter": f"; {_NO_POOLER}",
     "no password supplied": "; store the password in a file (mode 600) with the line "
     "HOST:PORT:DATABASE:USER:PASSWORD, and add ?passfile=FILE to the URL of the store",
     "password authentication failed": "; compare the password with the role's in the database",
+    "in a read-only transaction": "; the URL of the store must name a server that can be written, "
+    "not a standby",
+    "permission denied for schema": f"; {_OWNER}",
+    "no schema has been selected": f"; {_OWNER}",
     "Peer authentication failed": "; run as the system user of that name, or name a host and a "
     "password file in the URL of the store",
 }
@@ -128,7 +134,7 @@ def prepared(url: str) -> tuple[str, str]:
     # Where a password has an "@" or a "/", its rest is in these. "@name" is an abstract socket.
     if "@" in host[1:] or "@" in name or not set(port) <= set("0123456789,"):
         raise _malformed()
-    limits = f"-c statement_timeout={int(STATEMENT_SECONDS * 1000)}"
+    limits = f"-c statement_timeout={int(STATEMENT_SECONDS * 1000)} -c row_security=on"
     plans = " ".join(f"-c {name}=off" for name in _NEVER)
     options = f"{given.get('options') or ''} {limits} {plans}".strip()
     settings: dict[str, Any] = {

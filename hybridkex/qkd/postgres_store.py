@@ -827,7 +827,8 @@ class PostgresKeyStore(KeyStore):
 
 
 def check_store(url: Secret, keys: Seal, *, owner: str) -> None:
-    """Check that a database can be used as the key store of ``owner``; changes nothing. Blocks.
+    """Check that a database can be used as the key store of ``owner``. Blocks. What a KME would
+    change is tried, and undone.
 
     Raises:
         ConfigError: why it cannot.
@@ -837,6 +838,12 @@ def check_store(url: Secret, keys: Seal, *, owner: str) -> None:
         with BoundedConnection.connect(conninfo) as connection, connection.cursor() as cursor:
             check_session(connection, where)
             [found] = _one(cursor.execute("SELECT to_regclass('hybridkex_meta') IS NOT NULL"), 1)
+            with connection.transaction(force_rollback=True):  # as at the start of a KME
+                cursor.execute(
+                    "UPDATE hybridkex_meta SET version = version"
+                    if found
+                    else "CREATE TABLE hybridkex_meta ()"
+                )
             if not found:
                 return
             version, kme = _one(cursor.execute("SELECT version, kme FROM hybridkex_meta"), 2)
@@ -882,7 +889,11 @@ class _NotCommitted(Exception):
 
 def _one(cursor: _Cursor, columns: int) -> tuple[Any, ...]:
     row = cursor.fetchone()
-    assert row is not None
+    if row is None:
+        raise psycopg.DataError(
+            "the table hybridkex_meta is empty, as in a copy of the tables without their rows; "
+            "begin with an empty database"
+        )
     return tuple(row[:columns])
 
 

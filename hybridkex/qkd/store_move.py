@@ -15,7 +15,7 @@ The rows are copied as they are, encrypted: both stores identify a row to the ci
 
 import sqlite3
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,13 @@ class Moved:
 
 
 def move(
-    path: Path, url: Secret, seal_key: Secret, *, owner: str, links: Iterable[str]
+    path: Path,
+    url: Secret,
+    seal_key: Secret,
+    *,
+    read_keys: Sequence[Secret] = (),
+    owner: str,
+    links: Iterable[str],
 ) -> Moved | None:
     """Move all keys of a file, or continue a move that was interrupted. Blocks.
 
@@ -46,6 +52,7 @@ def move(
         path: the file, which no KME may have open.
         url: the database: a new one, or the one to which an earlier call began to move the keys.
         seal_key: of the key file, the same for both.
+        read_keys: of earlier key files; a file that still needs one is refused.
         owner: the ID of the KME.
         links: all links of the KME.
 
@@ -58,7 +65,7 @@ def move(
     """
     if not path.exists():
         raise ConfigError(f"there is no key store {path}")
-    source = SqliteKeyStore(path, seal_key, moving=True)
+    source = SqliteKeyStore(path, seal_key, read_keys=read_keys, moving=True)
     try:
         if source.meta("moved"):
             return None

@@ -24,7 +24,7 @@ from hybridkex.errors import (
     KeyUnknown,
 )
 from hybridkex.qkd.sqlite_store import SqliteKeyStore
-from hybridkex.qkd.store import Allotment, BlocksRefused, BlockState, KeyStore
+from hybridkex.qkd.store import Allotment, BlocksRefused, BlockState, KeyStore, Seal
 from hybridkex.secret import Secret
 
 SEAL = Secret(bytes(range(32)))
@@ -545,6 +545,51 @@ async def test_commits_stay_durable_when_the_server_changes_its_default(
             connection.execute("ALTER SYSTEM RESET synchronous_commit")
             connection.execute("SELECT pg_reload_conf()")
     await store.aclose()
+
+
+async def test_settings_and_rights_of_the_role(postgres: PostgresServer) -> None:
+    """What keeps a KME from starting is found by ``kme serve --check``, which changes nothing."""
+    import psycopg
+
+    from hybridkex.qkd.postgres_store import PostgresKeyStore, check_store
+
+    schema = f"test_{next(SCHEMAS)}"
+    url = Secret(postgres.url(schema).encode())
+
+    def refused(match: str) -> None:
+        with pytest.raises(ConfigError, match=match):
+            check_store(url, Seal(SEAL), owner="kme-a")
+        with pytest.raises(ConfigError, match=match):
+            PostgresKeyStore(url, SEAL, owner="kme-a")
+
+    with psycopg.connect(postgres.url(schema, "postgres"), autocommit=True) as administrator:
+
+        def read_only_is_refused() -> None:
+            administrator.execute("ALTER ROLE kme SET default_transaction_read_only = on")
+            try:
+                refused("must name a server that can be written")
+            finally:
+                administrator.execute("ALTER ROLE kme RESET ALL")
+
+        administrator.execute(f"CREATE SCHEMA {schema}")
+        administrator.execute(f"GRANT USAGE ON SCHEMA {schema} TO kme")
+        refused("permission denied for schema .* make the role the owner")
+        administrator.execute(f"ALTER SCHEMA {schema} OWNER TO kme")
+        read_only_is_refused()
+        check_store(url, Seal(SEAL), owner="kme-a")
+        assert administrator.execute("SELECT to_regclass('hybridkex_meta')").fetchone() == (None,)
+        administrator.execute("ALTER ROLE kme SET row_security = off")
+        try:
+            store = PostgresKeyStore(url, SEAL, owner="kme-a")
+            await store.add("a", keys(1))
+            assert await store.count("a") == 1
+            await store.aclose()
+        finally:
+            administrator.execute("ALTER ROLE kme RESET ALL")
+        read_only_is_refused()
+        check_store(url, Seal(SEAL), owner="kme-a")
+        administrator.execute("DELETE FROM hybridkex_meta")
+        refused("hybridkex_meta is empty")
 
 
 async def test_the_check_fails_where_a_delivery_would(

@@ -199,6 +199,24 @@ async def test_a_store_with_other_keys_is_not_mixed_with_these(
     opened(fresh).close()
 
 
+async def test_a_file_whose_sealing_key_is_being_replaced_is_not_moved(
+    tmp_path: Path, url: Secret
+) -> None:
+    from hybridkex.qkd import store_move
+
+    await fill(store := SqliteKeyStore(tmp_path / "one.db", SEAL), 10)
+    await store.aclose()
+    with pytest.raises(ConfigError, match="serve it until the log says"):
+        store_move.move(
+            tmp_path / "one.db",
+            url,
+            Secret(bytes(32)),
+            read_keys=[SEAL],
+            owner="kme-a",
+            links=LINKS,
+        )
+
+
 def failing(*_: Any) -> None:
     raise KeySourceUnavailable("here the move is interrupted")
 

@@ -145,6 +145,7 @@ def migrate(options: MigrateOptions) -> int:
         options.source,
         config.store.url,
         read_key_file(config.key_file),
+        read_keys=[read_key_file(path) for path in config.read_key_files],
         owner=config.id,
         links=[config.id, *(peer.id for peer in config.peer)],
     )

@@ -14,18 +14,39 @@ rather than with its bytes: 8 MB are 10 ms as one string, and seconds as empty l
 message of a KME (8192 keys, each of one block) has less than half as many."""
 
 
-def load_json(text: bytes | str, *, most_values: int | None = MOST_VALUES) -> Any:
+def load_json(
+    text: bytes | str,
+    *,
+    most_values: int | None = MOST_VALUES,
+    parse_constant: Callable[[str], Any] | None = None,
+    parse_float: Callable[[str], Any] | None = None,
+) -> Any:
     """The value of a JSON text.
 
     Args:
         most_values: ``None`` for a file of the user, which may be as long as its reader allows.
+        parse_constant: as for ``json.loads``.
+        parse_float: likewise.
 
     Raises:
         ValueError: it is not JSON, is nested more than :data:`MOST_LEVELS` deep, has more than
             ``most_values`` values, or has an object with two members of one name. Nothing else is
             raised, whatever the text: ``json.loads`` alone also raises ``RecursionError``.
     """
-    value = decode_json(text, most_values=most_values)
+    if most_values is not None:
+        # Each value but the outermost, and each name of a member, follows one of these.
+        content = text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
+        if sum(map(content.count, (b",", b"[", b"{"))) > most_values:
+            raise ValueError(f"it has more than {most_values} values")
+    try:
+        value = json.loads(
+            text,
+            object_pairs_hook=_unique_members,
+            parse_constant=parse_constant,
+            parse_float=parse_float,
+        )
+    except RecursionError:
+        raise ValueError("the nesting is too deep") from None
     level = [value]
     for _ in range(MOST_LEVELS):
         level = [
@@ -37,34 +58,6 @@ def load_json(text: bytes | str, *, most_values: int | None = MOST_VALUES) -> An
         if not level:
             return value
     raise ValueError("the nesting is too deep")
-
-
-def decode_json(
-    text: bytes | str,
-    *,
-    most_values: int | None = MOST_VALUES,
-    parse_constant: Callable[[str], Any] | None = None,
-    parse_float: Callable[[str], Any] | None = None,
-) -> Any:
-    """``json.loads`` for texts from outside. :func:`load_json` checks the nesting, too.
-
-    Raises:
-        ValueError: as :func:`load_json`; the nesting may reach Python's recursion limit.
-    """
-    if most_values is not None:
-        # Each value but the outermost, and each name of a member, follows one of these.
-        content = text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
-        if sum(map(content.count, (b",", b"[", b"{"))) > most_values:
-            raise ValueError(f"it has more than {most_values} values")
-    try:
-        return json.loads(
-            text,
-            object_pairs_hook=_unique_members,
-            parse_constant=parse_constant,
-            parse_float=parse_float,
-        )
-    except RecursionError:
-        raise ValueError("the nesting is too deep") from None
 
 
 def _unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

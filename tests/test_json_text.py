@@ -26,6 +26,7 @@ READERS = {Path("json_text.py")}
     [
         *(opening * 100_000 for opening in (b"[", b'{"a":', b'[{"a":', b'{"a":[')),
         b"[" * 5000 + b"]" * 5000,
+        b"[" * 65 + b"]" * 65,
         b"9" * 5000,
         b"\xff",
         b"\x00",

@@ -23,7 +23,7 @@ import h11
 import trio
 
 from hybridkex.errors import ConfigError
-from hybridkex.json_text import decode_json
+from hybridkex.json_text import load_json
 from hybridkex.net.budget import Connection
 from hybridkex.net.log import BoundedLog
 from hybridkex.net.supervisor import Supervisor
@@ -175,19 +175,16 @@ def find_route(routes: Iterable[Route], request: Request) -> Route | Response:
 
 def parse_json(body: bytes) -> object:
     """Parse an unambiguous JSON text (RFC 8259): UTF-8, with or without a byte order mark, no
-    duplicate member, no number outside JSON's grammar, no lone surrogate, not more than
-    :data:`~hybridkex.json_text.MOST_VALUES` values.
+    duplicate member, no number outside JSON's grammar, no lone surrogate, and within the limits of
+    :func:`~hybridkex.json_text.load_json`.
 
     Raises:
         ValueError: it is not such a text.
     """
     text = body.decode("utf-8-sig")
-    value = decode_json(text, parse_constant=_not_json, parse_float=_number)
+    value: object = load_json(text, parse_constant=_not_json, parse_float=_number)
     if "\\u" in text:
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except RecursionError:
-            raise ValueError("the nesting is too deep") from None
+        json.dumps(value, ensure_ascii=False).encode()
     return value
 
 

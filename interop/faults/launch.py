@@ -6,13 +6,30 @@ a new thread is refused as the system refuses it at its limit of tasks (pthread_
 """
 
 import _thread
-import os
 import runpy
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Final
 
 from interop.clock import follow
+
+STARTS: Final = (
+    (threading, "_start_joinable_thread"),
+    (threading, "_start_new_thread"),
+    (_thread, "start_new_thread"),
+)
+"""What starts a thread; ``threading`` has the first from Python 3.13 on, and the second before."""
+
+
+def _limited(start: Callable[..., Any], flag: Path) -> Callable[..., Any]:
+    def limited(*arguments: object, **options: object) -> Any:
+        if flag.exists():
+            raise RuntimeError("can't start new thread")
+        return start(*arguments, **options)
+
+    return limited
 
 
 def main() -> None:
@@ -21,16 +38,10 @@ def main() -> None:
     follow(folder / "clock")
     del sys.argv[:3]
     sys.argv.insert(0, module)
-    start = threading._start_new_thread  # type: ignore[attr-defined]
-
-    def limited(*arguments: object) -> int:
-        if os.path.exists(flag):
-            raise RuntimeError("can't start new thread")
-        found: int = start(*arguments)
-        return found
-
-    threading._start_new_thread = limited  # type: ignore[attr-defined]
-    _thread.start_new_thread = limited  # type: ignore[assignment]
+    for owner, name in STARTS:
+        start = getattr(owner, name, None)
+        if start is not None:
+            setattr(owner, name, _limited(start, flag))
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 

@@ -493,12 +493,12 @@ def test_a_wait_for_a_key_that_is_cancelled(
     run(main())
 
 
-@pytest.mark.parametrize("failure", [KeySourceExhausted("no key"), Boom("in the source")])
+@pytest.mark.parametrize("kind", [KeySourceExhausted, Boom])
 def test_a_psk_source_fails_in_the_turn_in_which_the_connection_is_lost(
-    run: Run, client_config: ClientConfig, failure: Exception
+    run: Run, client_config: ClientConfig, kind: type[Exception]
 ) -> None:
     """The failure is the reason, and one that the source did not expect is reported."""
-    lost = Losing()
+    lost, failure = Losing(), kind("in the source")
 
     class Source:
         transport: asyncio.Transport

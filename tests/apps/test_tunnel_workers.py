@@ -384,6 +384,30 @@ async def test_a_machine_that_gives_no_process_meanwhile(
             pool.close(0)
 
 
+async def test_no_new_connection_has_the_old_configuration_after_a_reload(tmp_path: Path) -> None:
+    """The workers of the old one have closed their listening sockets by then."""
+    slow = (
+        "import os\n"
+        "orders = int.from_bytes(control.recv(4, socket.MSG_WAITALL), 'big')\n"
+        "control.recv(orders, socket.MSG_WAITALL)\n"
+        "lines = control.makefile()\n"
+        "say(ready=True)\n"
+        "while line := lines.readline():\n"
+        "    if 'close' in line:\n"
+        "        time.sleep(0.1)\n"
+        f"        open({str(tmp_path / 'closed')!r} + str(os.getpid()), 'x').close()\n"
+        "        say(closed=True)\n"
+    )
+    settings = two_workers(tmp_path)
+    pool = WorkerPool([sys.executable, "-c", ONE_THAT + slow])
+    with trio.fail_after(PATIENCE):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(pool.serve, settings)
+            await pool.apply_settings(settings)
+            assert sum(name.startswith("closed") for name in os.listdir(tmp_path)) == 2
+            pool.close(0)
+
+
 async def test_a_worker_that_hangs_delays_nothing_however_often_metrics_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -287,7 +287,9 @@ def test_a_thread_that_dies_before_it_begins(monkeypatch: pytest.MonkeyPatch) ->
         good.start()
         good.join()
         # As if it had no memory for its first frame.
-        monkeypatch.setattr("threading._start_new_thread", lambda *_: None)
+        starts = "_start_joinable_thread", "_start_new_thread"  # from Python 3.13 on, and before
+        name = next(one for one in starts if hasattr(threading, one))
+        monkeypatch.setattr(threading, name, lambda *_, **__: None)
         dead = threading.Thread(target=int)
         with pytest.raises(MemoryError):
             dead.start()

@@ -133,6 +133,8 @@ class TunnelServer:
         self._changing = trio.Lock()
         """Held while listening sockets are opened and closed."""
         self._closing = trio.Event()
+        self.closed = trio.Event()
+        """Set when no more connections are accepted."""
         self._grace = 0.0
         self._readiness: Readiness
         self._background: trio.Nursery
@@ -169,6 +171,7 @@ class TunnelServer:
                     self._accepting.cancel_scope.deadline = trio.current_time() + self._grace
                     for endpoint in self._endpoints.values():
                         endpoint.supervisor.stop_accepting()
+                    self.closed.set()
                 if self._connections.child_tasks and self._grace < math.inf:
                     LOG.info(
                         "%d open connections have %g s to finish",

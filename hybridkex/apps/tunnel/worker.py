@@ -131,6 +131,9 @@ class _Worker:
                 self._server.close(math.inf if grace is None else grace)
             if "go" in message or "close" in message:
                 self._go.set()
+            if "close" in message:
+                await self._server.closed.wait()
+                await self._say(closed=True)
             if "metrics" in message:
                 await self._say(metrics=samples(self._metrics))
         self._server.close(0)  # The service is gone.

@@ -41,6 +41,8 @@ MOST_AGAIN_SECONDS: Final = 30.0
 """The same, if one after the other ends."""
 SURE_SECONDS: Final = 5.0
 """Seconds after the grace period until a worker that has not ended is killed."""
+CLOSE_SECONDS: Final = 5.0
+"""Seconds for a worker to accept no more connections when a new configuration is in force."""
 SCRAPE_SECONDS: Final = 2.0
 """Seconds for a worker to send its metrics."""
 LOOK_EVERY: Final = 1.0
@@ -67,6 +69,8 @@ class _Worker:
         self._told.set()
         self.ready = trio.Event()
         """Set when it is ready, or will never be."""
+        self.closed = trio.Event()
+        """Set when it accepts no more connections."""
         self.error: str | None = "a worker ended before it was ready"
         """Why it is not ready."""
         self.retired = False
@@ -88,7 +92,10 @@ class _Worker:
                 elif "metrics" in message:
                     self.metrics = message["metrics"]
                     self._told.set()
+                elif "closed" in message:
+                    self.closed.set()
             self._told.set()
+            self.closed.set()
             await self.process.wait()
             self.ready.set()
 
@@ -245,6 +252,9 @@ class WorkerPool:
                 await worker.say(go=True)
             for worker in before:
                 await worker.say(close=None)
+            with trio.move_on_after(CLOSE_SECONDS):  # one that hangs delays nothing for longer
+                for worker in before:
+                    await worker.closed.wait()
             for one in closed:
                 await one.aclose()
 

@@ -4,6 +4,7 @@ Importing this raises ``ConfigError`` where psycopg is not installed.
 """
 
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from hybridkex.errors import ConfigError
@@ -41,6 +42,8 @@ STATEMENT_SECONDS: Final = 5.0
 """For one statement, waiting for locks included."""
 SILENT_SECONDS: Final = STATEMENT_SECONDS + 1
 """For the answer to a statement, of a server that may not even notice the limit."""
+CANCEL_SECONDS: Final = 1.0
+"""For such a server to be told that we wait no longer."""
 
 
 _NO_POOLER: Final = (
@@ -87,6 +90,11 @@ class BoundedConnection(psycopg.Connection[Any]):
         try:
             return super().wait(_bounded(gen), *arguments, **named)
         except _Silent:
+            # A server that waits for its synchronous standby would go on, for each session, while
+            # we open others.
+            if psycopg.capabilities.has_cancel_safe():
+                with suppress(psycopg.Error):
+                    self.cancel_safe(timeout=CANCEL_SECONDS)
             self.pgconn.finish()  # what it has sent may come at any time
             raise
 
@@ -140,6 +148,7 @@ def prepared(url: str) -> tuple[str, str]:
     settings: dict[str, Any] = {
         "connect_timeout": int(WAIT_SECONDS),
         "tcp_user_timeout": int(STATEMENT_SECONDS * 2000),
+        "keepalives_idle": 30,  # a machine that has gone, also while tables are converted
         "application_name": "hybridkex kme",
         "client_encoding": "UTF8",
     }

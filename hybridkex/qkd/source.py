@@ -9,10 +9,9 @@ A :class:`KeySource` belongs to one pair of SAEs: ourselves and one peer. So it 
 that a handshake must bind (both SAEs, both KMEs, the roles), and no call has to name the peer.
 """
 
-from contextlib import suppress
+import re
 from dataclasses import dataclass
 from typing import Final, Protocol, TypeAlias, runtime_checkable
-from uuid import UUID
 
 from hybridkex.errors import KeyUnknown
 from hybridkex.secret import Secret
@@ -22,6 +21,8 @@ __all__ = ["KeyPart", "KeyReference", "KeySource", "QkdKey", "SourceStatus", "ca
 
 
 MAX_KEY_ID_BYTES: Final = 255
+UUID_TEXT: Final = re.compile("[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
+"""RFC 9562 section 4. (Python's ``UUID()`` takes other texts, too.)"""
 
 
 def canonical_key_id(text: str) -> str:
@@ -34,10 +35,7 @@ def canonical_key_id(text: str) -> str:
     """
     if printable(text) != text or not 1 <= len(text.encode()) <= MAX_KEY_ID_BYTES:
         raise ValueError("a key ID must have 1 to 255 bytes of printable text")
-    if len(text) == 36:  # UUID() also takes braces, URNs and hexadecimal without hyphens
-        with suppress(ValueError):
-            return str(UUID(text))
-    return text
+    return text.lower() if UUID_TEXT.fullmatch(text) else text
 
 
 @dataclass(frozen=True, slots=True)

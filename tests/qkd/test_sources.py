@@ -24,12 +24,40 @@ from hybridkex.errors import (
     KeyUnknown,
 )
 from hybridkex.qkd.composite import CombinedSource, FailoverSource, combine_keys
+from hybridkex.qkd.etsi014.models import ModelError, parse_uuid
 from hybridkex.qkd.in_process import in_process_pair
 from hybridkex.qkd.pool import FilePool, PoolNames
 from hybridkex.qkd.prefetch import PrefetchConfig, PrefetchSource
-from hybridkex.qkd.source import KeyPart, KeyReference, KeySource, QkdKey, SourceStatus
+from hybridkex.qkd.source import (
+    KeyPart,
+    KeyReference,
+    KeySource,
+    QkdKey,
+    SourceStatus,
+    canonical_key_id,
+)
 from hybridkex.qkd.store import write_key_file
 from hybridkex.secret import Secret
+
+
+def test_a_uuid_has_one_form() -> None:
+    """Python's UUID() also takes these, all of 36 characters but the first two."""
+    text = "4a4a40ce-1234-4123-8123-4a4a40ce0009"
+    digits = text.replace("-", "")
+    assert parse_uuid(text.upper()) == canonical_key_id(text.upper()) == text
+    for other in (
+        f"{{{text}}}",
+        digits,
+        f"urn:{digits}",
+        f"----{digits}",
+        text.replace("0", "\uff10"),
+        text.replace("0009", "0_09"),
+        text.replace("4a4a40ce-", "0x4a40ce-"),
+        f"+{text[1:]}",
+    ):
+        with pytest.raises(ModelError, match="not a UUID"):
+            parse_uuid(other)
+        assert canonical_key_id(other) == other
 
 
 class Flaky:

@@ -547,6 +547,36 @@ async def test_commits_stay_durable_when_the_server_changes_its_default(
     await store.aclose()
 
 
+async def test_sessions_that_wait_for_a_standby_are_ended(
+    postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each call would leave one on the server, until it has no room for more."""
+    import psycopg
+
+    from hybridkex.qkd import postgres_connection
+
+    monkeypatch.setattr(postgres_connection, "SILENT_SECONDS", 0.2)
+    store = postgres_store(postgres, f"test_{next(SCHEMAS)}")
+    with psycopg.connect(postgres.url("public", "postgres"), autocommit=True) as administrator:
+        administrator.execute("ALTER SYSTEM SET synchronous_standby_names = 'away'")
+        administrator.execute("SELECT pg_reload_conf()")
+        try:
+            with trio.fail_after(10):
+                while True:
+                    try:
+                        await store.add("a", keys(1))
+                    except KeySourceUnavailable:  # the server has read its configuration
+                        break
+            waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+            with trio.fail_after(10):
+                while administrator.execute(waiting).fetchone() != (0,):  # noqa: ASYNC110
+                    await trio.sleep(0.02)
+        finally:
+            administrator.execute("ALTER SYSTEM RESET synchronous_standby_names")
+            administrator.execute("SELECT pg_reload_conf()")
+    await store.aclose()
+
+
 async def test_settings_and_rights_of_the_role(postgres: PostgresServer) -> None:
     """What keeps a KME from starting is found by ``kme serve --check``, which changes nothing."""
     import psycopg

@@ -18,7 +18,8 @@ class ScanOptions:
     """``qkd scan``."""
 
     vary: list[str] = option(
-        "a setting and its values, separated by commas or as FIRST:LAST:STEP; may be repeated",
+        "a setting and its values, separated by commas, each a value or FIRST:LAST:STEP; may be "
+        "repeated",
         metavar="NAME=VALUES",
     )
     blocks: int = option(

@@ -64,8 +64,9 @@ class LinkConfig:
     """Optimise the intensities for the distance, instead of using the preset's."""
     real_time: bool = False
     """Whether detections come at the rate of the laser; otherwise as fast as they are computed."""
-    bootstrap: str = "ml-dsa"
-    """The bootstrap of the authentication, if both ends are in this process."""
+    bootstrap: str | None = None
+    """What authenticates the first block. ``None``: ML-DSA, or what the two certificates are for if
+    the other end is in another process."""
     party: str | None = None
     """Our role if the other end is in another process: ``alice``, who listens, or ``bob``."""
     address: TcpAddress | None = None
@@ -92,6 +93,15 @@ class LinkConfig:
             False,
         }:
             raise ConfigError("party, address and peer_credential must be given together")
+        if self.reauthentication == "signatures" and self.party is None:
+            raise ConfigError(
+                'reauthentication = "signatures" is for a link to another process; leave it out: '
+                "within one process both ends begin again together"
+            )
+
+
+NO_LINK: Final = LinkConfig()
+"""Stands for a table that is not in the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,12 +113,12 @@ class PeerConfig:
     url: str | None = None
     """``None``: the KME of this ID in the same file."""
     producer: str = "random"
-    link: LinkConfig = field(default_factory=LinkConfig)
+    link: LinkConfig = NO_LINK
 
     def __post_init__(self) -> None:
         if self.producer not in PRODUCERS:
             raise ConfigError(f"producer must be one of {', '.join(PRODUCERS)}")
-        if self.producer != "link" and self.link != LinkConfig():
+        if self.producer != "link" and self.link is not NO_LINK:
             raise ConfigError(f'{self.id}: a link table needs producer = "link"')
         if self.producer == "link" and (self.url is None) != (self.link.party is None):
             raise ConfigError(

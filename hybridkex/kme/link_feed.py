@@ -3,7 +3,8 @@
 Either both parties run here and feed two KMEs of one process, or one party runs here and reaches
 the other over TCP, with a connection for the classical and one for the quantum channel. The first
 block of such a link is authenticated with the keys of the KMEs' certificates. (A shared secret
-would be reused after a restart, and a one-time pad must not be.)
+would be reused after a restart, and a one-time pad must not be.) They may be renewed while the link
+runs; the next session uses the new ones.
 
 Alice listens, and each connection begins with a greeting (:mod:`hybridkex.link.greeting`), so that
 only Bob reaches Alice's party. A session begins when both connections with its number are open. A
@@ -23,6 +24,7 @@ import trio
 
 from hybridkex.errors import (
     BlockAborted,
+    ConfigError,
     LedgerDry,
     LedgerLost,
     LinkError,
@@ -72,6 +74,8 @@ FRUITLESS: Final = 2
 session that ends."""
 LONGER: Final = 4.0
 """Factor from one of these waits to the next."""
+ALONE: Final = 10.0
+"""Seconds without a session after which Alice says that she waits for Bob."""
 GREETING_SECONDS: Final = 10.0
 """Seconds for a greeting, and then for the other connection of the session."""
 UNAUTHENTICATED: Final = 32
@@ -83,6 +87,9 @@ FEWEST: Final = 4
 
 _EXPECTED: Final = (LinkError, OSError, trio.BrokenResourceError, MemoryError, NoThread)
 """The exceptions that end a session without a defect of the program."""
+
+_NOTHING: Final = (trio.TooSlowError, EndOfStream)
+"""The exceptions of a connection that says nothing, or no more."""
 
 Note = Callable[[Block | BlockAborted], None]
 
@@ -235,7 +242,6 @@ class PartyFeed:
         party: str,
         address: TcpAddress,
         signatures: Signatures,
-        real_time: bool,
         note: Note,
         name: str = NAME,
     ) -> None:
@@ -244,8 +250,7 @@ class PartyFeed:
         self._settings = settings
         self._party = party
         self._address = address
-        self._signatures = signatures
-        self._real_time = real_time
+        self.renew(signatures)
         self._note = note
         self._troubles = _Troubles(name)
         self.ledger: Final = Ledger()  # outlives a session: only the first uses signatures
@@ -253,6 +258,14 @@ class PartyFeed:
         """Bytes of the ledger that were used when the last attempt at a block ended."""
         self._fruitless = 0
         """Attempts since the last block that used some and made none."""
+
+    def renew(self, signatures: Signatures) -> None:
+        """Authenticate later sessions with other keys."""
+        self._signatures = signatures
+        LOG.info(
+            "%s: signatures authenticate its first block: ours %s, those of the other party %s",
+            *(self._name, *signatures.kinds),
+        )
 
     async def run(self) -> None:
         """Make keys until cancelled.
@@ -307,21 +320,23 @@ class PartyFeed:
                     except BaseException:
                         await trio.aclose_forcefully(stream)
                         raise
-            except (OSError, trio.BrokenResourceError, trio.TooSlowError, EndOfStream) as error:
+            except (LinkError, OSError, trio.BrokenResourceError, *_NOTHING) as error:
+                # A refusal does not pass by itself.
+                pause = LONG_PAUSE if isinstance(error, LinkError) else PAUSE
                 if silent:
                     silent = not self._troubles.log(
                         logging.WARNING,
-                        "no session with the other party at %s: %s; it is tried again every second",
-                        *(self._address, _no_greeting(error)),
+                        "no session with the other party at %s: %s; it is tried again every %g s",
+                        *(self._address, _no_greeting(error), pause),
                     )
-                await trio.sleep(PAUSE)
+                await trio.sleep(pause)
             else:
                 return stream
 
     async def _run_alice(self) -> None:
         listeners = await self._listeners()
         pairs, arrived = trio.open_memory_channel[_Pair](0)
-        desk = _Reception(self._signatures, pairs)
+        desk = _Reception(lambda: self._signatures, pairs)
         supervisor = Supervisor(
             desk.receive,
             name=self._name,
@@ -331,12 +346,26 @@ class PartyFeed:
         )
         async with trio.open_nursery() as nursery:
             nursery.start_soon(supervisor.serve, listeners)
-            async for pair in arrived:
+            while True:
+                pair = await self._awaited(arrived)
                 try:
                     with pair.scope:
                         await self._session(pair.streams[CLASSICAL], pair.streams[QUANTUM])
                 finally:
                     pair.over.set()
+
+    async def _awaited(self, arrived: "trio.MemoryReceiveChannel[_Pair]") -> "_Pair":
+        """The connections of the next session."""
+        silent = True
+        while True:
+            with trio.move_on_after(ALONE):
+                return await arrived.receive()
+            if silent:
+                silent = not self._troubles.log(
+                    logging.WARNING,
+                    "no session for %g s: the other party has not connected to %s",
+                    *(ALONE, self._address),
+                )
 
     async def _listeners(self) -> list[trio.SocketListener]:
         silent = True
@@ -385,7 +414,7 @@ class PartyFeed:
                 ledger=self.ledger,
             )
         chosen = self._settings.preset
-        light = OpticalLink(chosen.channel, chosen.transmitter, real_time=self._real_time)
+        light = OpticalLink(chosen.channel, chosen.transmitter, real_time=self._settings.real_time)
 
         async def shine() -> None:
             ready = _WhenReady(self.ends[0], light)
@@ -406,7 +435,7 @@ class PartyFeed:
         )
 
     def _late(self, times: int) -> None:
-        if times == round(SLOW / LATE) and not self._real_time:
+        if times == round(SLOW / LATE) and not self._settings.real_time:
             self._troubles.log(
                 logging.WARNING,
                 "the other party announces that its light is late, and no block is made "
@@ -455,7 +484,9 @@ class _Pair:
 class _Reception:
     """Pairs the two connections of each session, once Bob has authenticated himself."""
 
-    def __init__(self, signatures: Signatures, pairs: "trio.MemorySendChannel[_Pair]") -> None:
+    def __init__(
+        self, signatures: Callable[[], Signatures], pairs: "trio.MemorySendChannel[_Pair]"
+    ) -> None:
         self._signatures = signatures
         self._pairs = pairs
         self._budget = Budget(BOBS, what="link connections", fewest=FEWEST)
@@ -464,7 +495,7 @@ class _Reception:
 
     async def receive(self, stream: trio.SocketStream, connection: Connection) -> None:
         """Serve one connection for as long as its session lasts."""
-        kind, number = await greeted(stream, self._signatures, receives=Direction.BOB_TO_ALICE)
+        kind, number = await greeted(stream, self._signatures(), receives=Direction.BOB_TO_ALICE)
         connection.admit(self._budget)
         pair = self._by_number.setdefault(number, _Pair())
         if kind in pair.streams:
@@ -487,8 +518,10 @@ class _Reception:
 
 def _no_greeting(error: BaseException) -> str:
     """The reason why the other party did not greet us."""
+    if isinstance(error, LinkError):
+        return str(error)
     if isinstance(error, EndOfStream):
-        return "it closed the connection, and may have another certificate of ours: see its log"
+        return "it closed the connection: see its log"
     if isinstance(error, trio.TooSlowError):
         return f"no answer within {GREETING_SECONDS:g} s; is another program at this address?"
     if not isinstance(error, OSError):
@@ -496,6 +529,23 @@ def _no_greeting(error: BaseException) -> str:
     reason = next(leaves(error.__cause__ or error))
     code, words = getattr(reason, "errno", None) or 0, getattr(reason, "strerror", None)
     return os.strerror(code) if code > 0 else words or str(reason)  # trio's repeat the address
+
+
+def link_signatures(config: KmeConfig, peer: PeerConfig) -> Signatures:
+    """The keys of a link to another process, as the files have them now. Raises ``ConfigError``."""
+    asked, remote = peer.link.bootstrap, peer.link.remote
+    assert remote is not None
+    found = Signatures.from_files(config.key, remote.peer_credential)
+    own, other = found.kinds
+    if asked is not None and not own == other == asked:
+        right = f'write bootstrap = "{own}"' if own == other else "leave it out"
+        raise ConfigError(
+            f'{config.id}: the link to {peer.id} has bootstrap = "{asked}", but between two '
+            f"processes the keys of the certificates sign the first block, {config.key} with {own} "
+            f"and that of the other party, {remote.peer_credential}, with {other}: {right}, or use "
+            "other certificates"
+        )
+    return found
 
 
 def link_feed(config: KmeConfig, peer: PeerConfig, metrics: KmeMetrics) -> PairFeed | PartyFeed:
@@ -509,6 +559,7 @@ def link_feed(config: KmeConfig, peer: PeerConfig, metrics: KmeMetrics) -> PairF
         block_bits=link.block_bits,
         key_bits=config.limits.key_size,
         reauthentication=link.reauthentication,
+        real_time=link.real_time,
     )
 
     name = f"{config.id}: the QKD link to {peer.id}"
@@ -532,21 +583,16 @@ def link_feed(config: KmeConfig, peer: PeerConfig, metrics: KmeMetrics) -> PairF
 
     remote = link.remote
     if remote is None:
-        make = partial(
-            SimulatedLink,
-            settings,
-            bootstrap=link.bootstrap,
-            real_time=link.real_time,
-            observer=note,
-        )
+        bootstrap = link.bootstrap or "ml-dsa"
+        make = partial(SimulatedLink, settings, bootstrap=bootstrap, observer=note)
         make()  # a setting that is wrong is so now
+        LOG.info("%s: %s authenticates its first block", name, bootstrap)
         return PairFeed(make, name=name)
     feed = PartyFeed(
         settings,
         party=remote.party,
         address=remote.address,
-        signatures=Signatures.from_files(config.key, remote.peer_credential),
-        real_time=link.real_time,
+        signatures=link_signatures(config, peer),
         note=note,
         name=name,
     )

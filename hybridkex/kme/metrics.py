@@ -92,7 +92,8 @@ class KmeMetrics:
         # Alice learns the QBER of the key basis only where the proof needs it.
         qber = block.test_qber if block.qber is None else block.qber
         self.link_qber.labels(kme, link).set(qber)
-        self.link_rate.labels(kme, link).set(block.rate)
+        if block.rate is not None:
+            self.link_rate.labels(kme, link).set(block.rate)
         self.link_ledger.labels(kme, link).set(block.ledger_bits)
 
     def follow_ledger(self, kme: str, link: str, ledger: "Ledger") -> None:

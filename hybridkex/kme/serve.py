@@ -5,8 +5,9 @@ import os
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final, Self, TypeAlias, cast
 
 import trio
 
@@ -44,10 +45,14 @@ from hybridkex.text import get_logger
 
 if TYPE_CHECKING:
     from hybridkex.kme.link_feed import PairFeed, PartyFeed
+    from hybridkex.link.authentication import Signatures
 
 LOG: Final = get_logger(__name__)
 
 CLOSE_SECONDS: Final = 1.0
+
+Renewal: TypeAlias = Callable[[], None]
+"""Puts new keys of a QKD link in force."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +119,7 @@ class KmeServer:
         self._seal_keys: dict[str, list[Secret]] = {}
         self._kmes: dict[str, KeyManagementEntity] = {}
         self._settings: dict[str, _Settings] = {}
+        self._remote_links: dict[tuple[str, str], PartyFeed] = {}
         self._background: trio.Nursery | None = None
         try:
             for one in config.kme:
@@ -148,8 +154,9 @@ class KmeServer:
     async def reload(self, load: Callable[[], ServeConfig]) -> None:
         """Apply a new configuration, completely or not at all.
 
-        Certificates, authorities and key files are read again; SAEs, limits, timeouts and the URLs
-        of peers may change, for new requests and connections. Open connections stay. Files are read
+        Certificates, authorities and key files are read again, those of QKD links for their next
+        sessions; SAEs, limits, timeouts and the URLs of peers may change, for new requests and
+        connections. Open connections stay. Files are read
         in a thread, so that an unresponsive file system delays nothing else.
 
         Args:
@@ -159,7 +166,7 @@ class KmeServer:
             ConfigError: the configuration cannot be used, or changes what needs a restart; nothing
                 has changed.
         """
-        config, settings, seal_keys = await in_thread(self._prepared, load, abandon=True)
+        config, settings, seal_keys, renewals = await in_thread(self._prepared, load, abandon=True)
         for kme_id, keys in seal_keys.items():
             if keys != self._seal_keys[kme_id]:
                 await self._change_keys(kme_id, keys)
@@ -174,6 +181,8 @@ class KmeServer:
             kme.change(_entity_settings(fresh.config))
             for peer_id, link in fresh.links.items():
                 kme.connect(peer_id, link)
+        for renew in renewals:
+            renew()
         self._config = config
 
     async def _change_keys(self, kme_id: str, keys: list[Secret]) -> None:
@@ -187,7 +196,7 @@ class KmeServer:
 
     def _prepared(
         self, load: Callable[[], ServeConfig]
-    ) -> "tuple[ServeConfig, dict[str, _Settings], dict[str, list[Secret]]]":
+    ) -> "tuple[ServeConfig, dict[str, _Settings], dict[str, list[Secret]], list[Renewal]]":
         """Prepare a new configuration so that applying it cannot fail. Blocks. Raises
         ``ConfigError``."""
         config = load()
@@ -202,7 +211,13 @@ class KmeServer:
                     raise ConfigError(f"{kme_id}: another {name} needs a restart")
             _entity_settings(one)
             settings[kme_id] = _Settings.of(one)
-        return config, settings, {one.id: _seal_keys(one) for one in config.kme}
+        renewals: list[Renewal] = [
+            partial(self._remote_links[one.id, peer.id].renew, _link_signatures(one, peer))
+            for one in config.kme
+            for peer in one.peer
+            if (one.id, peer.id) in self._remote_links
+        ]
+        return config, settings, {one.id: _seal_keys(one) for one in config.kme}, renewals
 
     def _retire(self, link: HttpPeer, seconds: float) -> None:
         """Close a link to a peer once its last request has been answered or abandoned."""
@@ -307,6 +322,8 @@ class KmeServer:
                     found.append((config.id, peer.id, feed.ends[0], True))
                     if peer.url is None:
                         found.append((peer.id, config.id, feed.ends[1], True))
+                    else:
+                        self._remote_links[config.id, peer.id] = cast("PartyFeed", feed)
                 elif peer.url is not None:
                     # The other end makes its own keys; ours reach it by value.
                     found.append((config.id, peer.id, RandomProducer(key_bits=size), False))
@@ -471,6 +488,12 @@ def _link_feed(config: KmeConfig, peer: PeerConfig, metrics: KmeMetrics) -> "Pai
     from hybridkex.kme.link_feed import link_feed  # noqa: PLC0415  # an extra
 
     return link_feed(config, peer, metrics)
+
+
+def _link_signatures(config: KmeConfig, peer: PeerConfig) -> "Signatures":
+    from hybridkex.kme.link_feed import link_signatures  # noqa: PLC0415  # an extra
+
+    return link_signatures(config, peer)
 
 
 def _seal_keys(config: KmeConfig) -> list[Secret]:

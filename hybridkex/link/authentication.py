@@ -31,6 +31,7 @@ from hybridkex.crypto.x509_parsing import UNREADABLE, certificates_from_pem
 from hybridkex.errors import ConfigError, LinkAuthenticationError, PeerError
 from hybridkex.files import read_file
 from hybridkex.link.ledger import Direction, Ledger, Position
+from hybridkex.link.wire import SignatureRefused
 
 TAG: Final = 16
 POINT: Final = 16
@@ -120,12 +121,17 @@ def _mac(key: bytes, parts: Sequence[bytes]) -> Poly1305:
     return mac
 
 
+KINDS: Final = {"mldsa": "ml-dsa", "ed": "ed25519"}
+
+
 @dataclass(frozen=True)
 class Signatures:
     """Tags that are signatures (ML-DSA, ECDSA, Ed25519, RSA-PSS), for the first block."""
 
     own_private_key: Any
     peer_public_key: Any
+    certificate: Path | None = None
+    """Where the peer's key comes from."""
 
     name: Final = "signatures"
 
@@ -150,7 +156,7 @@ class Signatures:
                 f"{certificate} is no certificate in PEM form: {parse_failure(error)}"
             ) from None
         try:
-            return cls(own, public)
+            return cls(own, public, certificate)
         except ConfigError as error:
             raise ConfigError(f"{key} or {certificate}: {error}") from None
 
@@ -179,9 +185,18 @@ class Signatures:
         try:
             self._scheme(self.peer_public_key).verify(self.peer_public_key, tag, content)
         except PeerError:
-            raise LinkAuthenticationError(
+            known = f" with the certificate last read from {self.certificate}"
+            raise SignatureRefused(
                 "a signature of the other party does not verify"
+                + ("" if self.certificate is None else f"{known}: is it the other party's own?")
             ) from None
+
+    @property
+    def kinds(self) -> tuple[str, str]:
+        """What signs for us and for the peer, such as ``ml-dsa``."""
+        schemes = (self._scheme(key).name for key in (self.own_private_key, self.peer_public_key))
+        own, peer = (one.partition("_")[0].rstrip("0123456789") for one in schemes)
+        return KINDS.get(own, own), KINDS.get(peer, peer)
 
     def __repr__(self) -> str:
         return "Signatures(...)"

@@ -7,14 +7,17 @@ deliver no key before the last tag of the block.
 import hashlib
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import trio
 
 from hybridkex.errors import LinkError
 from hybridkex.link.authentication import Authenticator, collision_probability
 from hybridkex.link.ledger import Direction
-from hybridkex.link.wire import HEADER, LIMITS, VERSION, Message, Type
+from hybridkex.link.wire import HEADER, LIMITS, VERSION, End, Message, SessionEnded, Type
+
+END_SECONDS = 1.0
+"""Seconds to tell the other party why a session ends."""
 
 
 class ClassicalChannel:
@@ -69,10 +72,12 @@ class ClassicalChannel:
         with self._errors(self._timeout):
             header = await self._exactly(HEADER.size)
             number, length = HEADER.unpack(header)
-            if number not in kinds or length > LIMITS[Type(number)]:
+            if number not in (*kinds, Type.END) or length > LIMITS[Type(number)]:
                 raise LinkError("the other party sent an unexpected message")
             body = await self._exactly(length)
         kind = Type(number)
+        if kind is Type.END:
+            raise SessionEnded(End.decode(body).words)
         if kind is not Type.TAG:
             self._uncovered[self._receives] += [header, body]
         return kind, body
@@ -101,6 +106,11 @@ class ClassicalChannel:
         self.forgery += collision_probability(sum(map(len, parts)))
         return parts
 
+    async def end(self, error: LinkError) -> None:
+        """Tell the other party why the session ends, if it can still be told."""
+        with suppress(LinkError), trio.move_on_after(END_SECONDS, shield=True):
+            await self.send(End.because_of(error))
+
     async def _send(self, kind: Type, body: bytes) -> None:
         header = HEADER.pack(kind, len(body))
         if kind is not Type.TAG:
@@ -120,7 +130,7 @@ class ClassicalChannel:
         while len(self._buffer) < count:
             data = await self._stream.receive_some(max(65536, min(count, 1 << 20)))
             if not data:
-                raise LinkError("the other party closed the connection")
+                raise SessionEnded("the other party closed the connection")
             self._buffer += data
             self.received_bytes += len(data)
 

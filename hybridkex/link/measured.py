@@ -12,6 +12,10 @@ name           both        meaning
 ``pulse``      optional    number of the pulse, strictly increasing; both or neither have it
 =============  ==========  =======================================================================
 
+Pulses may be counted from anywhere: the block begins with the first one in the file and ends with
+the last. Without them nobody knows how long the light was on, so the block has no number of pulses,
+no time and no rate, and the rate of detections cannot be checked.
+
 Rows with different bases are allowed and are sifted out. Row ``i`` of both files is the same
 detection. An ``.npz`` file (numpy, no pickles) has these arrays and ``settings``, a string of JSON;
 a ``.parquet`` file has the columns, and the JSON as the value ``hybridkex`` of its metadata::
@@ -46,7 +50,7 @@ from hybridkex.json_text import load_json
 from hybridkex.link.authentication import Signatures
 from hybridkex.link.finite_key import Security
 from hybridkex.link.ledger import LANE_RESERVE, Ledger
-from hybridkex.link.party import Alice, Block, Bob
+from hybridkex.link.party import Alice, Block, Bob, cause
 from hybridkex.link.physics import Channel, PairSource, Transmitter
 from hybridkex.link.presets import Preset
 from hybridkex.link.quantum import Detections, PulseRecord, Sent
@@ -54,6 +58,7 @@ from hybridkex.link.randomness import Randomness
 from hybridkex.link.ranges import file_kind, instance
 from hybridkex.link.settings import MOST_DETECTIONS, LinkSettings
 from hybridkex.link.simulated import stream_pair
+from hybridkex.link.wire import OtherDetections
 from hybridkex.secret import Secret
 
 Bits = NDArray[np.uint8]
@@ -125,6 +130,11 @@ class Measured:
         """Numbers of the pulses, or of the rows if pulses are not known."""
         return np.arange(len(self), dtype=np.int64) if self.pulse is None else self.pulse
 
+    @property
+    def first_pulse(self) -> int | None:
+        """Number of the first pulse; ``None`` if pulses are not known."""
+        return None if self.pulse is None else int(self.pulse[0])
+
 
 def _array(name: str, values: Any) -> NDArray[Any]:
     """Raises ``ConfigError`` for what is not an array with a value in every row."""
@@ -141,7 +151,7 @@ class _Record(PulseRecord):
 
     def recall(self, pulse: NDArray[np.int64]) -> Sent:
         if not np.isin(pulse, self._pulse, assume_unique=True).all():
-            raise LinkError(
+            raise OtherDetections(
                 "the other end reports pulses that Alice's detections do not have: the two files "
                 "are not of the same detections"
             )
@@ -214,7 +224,15 @@ def alice_of(
     )
     record.keep(measured.numbers, sent)
     chosen = settings_for(measured, settings)
-    return Alice(stream, chosen, record, bootstrap=bootstrap, ledger=Ledger(reserve=0), seed=seed)
+    return Alice(
+        stream,
+        chosen,
+        record,
+        bootstrap=bootstrap,
+        ledger=Ledger(reserve=0),
+        seed=seed,
+        first_pulse=measured.first_pulse,
+    )
 
 
 def bob_of(
@@ -237,6 +255,7 @@ def bob_of(
         bootstrap=bootstrap,
         ledger=Ledger(reserve=0),
         seed=seed,
+        first_pulse=measured.first_pulse,
     )
 
 
@@ -296,7 +315,7 @@ async def _distil(
             for number in range(2):
                 nursery.start_soon(play, number)
     if failures:
-        raise failures[0]
+        raise cause(failures)
     return made[0], made[1]
 
 

@@ -221,10 +221,13 @@ def optimise(
     return Optimum(transmitter=transmitter, length=length, pulses=pulses, rate=length.real / pulses)
 
 
-def tuned(preset: Preset, block_bits: int, *, finite_key: str = FINITE_KEY[0]) -> Preset:
+def tuned(
+    preset: Preset, block_bits: int, *, finite_key: str = FINITE_KEY[0], where: str | None = None
+) -> Preset:
     """A preset with the best settings for its distance and blocks of ``block_bits``.
 
-    Raises ``NoKeyError`` where no key can be made at all, and ``ConfigError``.
+    ``where``: what the light passes through, in words, if it is not a fibre. Raises ``NoKeyError``
+    where no key can be made at all, and ``ConfigError``.
     """
     within("block_bits", block_bits, *BLOCK_BITS)
     source = instance("preset", preset, Preset).transmitter
@@ -238,9 +241,11 @@ def tuned(preset: Preset, block_bits: int, *, finite_key: str = FINITE_KEY[0]) -
         pairs=source if isinstance(source, PairSource) else None,
     )
     if best is None:
+        remedy = "shorten the fibre" if where is None else "lower the loss"
+        where = where or f"{preset.channel.distance_km:g} km"
         raise NoKeyError(
-            f"{preset.name} makes no key over {preset.channel.distance_km:g} km in blocks of "
-            f"{block_bits} bits; shorten the fibre or make the blocks larger"
+            f"{preset.name} makes no key over {where} in blocks of {block_bits} bits; {remedy} or "
+            "make the blocks larger"
         )
     return replace(preset, transmitter=_rounded(best.transmitter))
 

@@ -22,7 +22,7 @@ party, which covers both HELLOs, confirms it; until then nothing is dropped from
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final, Generic, TypeVar
 from uuid import UUID
@@ -96,8 +96,9 @@ class Block:
 
     number: int
     keys: tuple[ProducedKey, ...]
-    pulses: int
-    seconds: float
+    pulses: int | None
+    """``None`` for measured detections without the numbers of their pulses."""
+    seconds: float | None
     """Time of these pulses at the laser's clock rate."""
     sifted: int
     """Bits of the key basis."""
@@ -134,9 +135,14 @@ class Block:
         )
 
     @property
-    def rate(self) -> float:
-        """Secret bits per second of the link's time."""
-        return self.secret_bits / self.seconds
+    def rate(self) -> float | None:
+        """Secret bits per second of the link's time; ``None`` where that is unknown."""
+        return None if self.seconds is None else self.secret_bits / self.seconds
+
+
+def cause(errors: Iterable[LinkError]) -> LinkError:
+    """The error that ended a session, not what the other party made of its end."""
+    return min(errors, key=lambda one: isinstance(one, wire.SessionEnded))
 
 
 def verification_hash(key: Bits, seed: bytes, bits: int) -> Bits:
@@ -170,7 +176,7 @@ class _Sifted:
     """Indices of the intensities of the bits of ``key``."""
     counts: Counts
     """Without the errors of the key basis."""
-    pulses: int
+    pulses: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,6 +219,7 @@ class _Party(Generic[L]):
         seed: int | None = None,
         patient: bool = False,
         timeout: float = TIMEOUT,
+        first_pulse: int | None = 0,
     ) -> None:
         """``light``: Alice's record of what she sends, Bob's detector.
 
@@ -222,7 +229,8 @@ class _Party(Generic[L]):
         signatures. It goes on from there. ``seed`` is for runs that must be repeated: it makes all
         random choices foreseeable. ``patient``: Alice waits for Bob's first report of a block
         without a limit, because its light takes as long as on a real link, or because Bob may begin
-        when he likes. ``timeout``: seconds.
+        when he likes. ``timeout``: seconds. ``first_pulse``: where the first block begins; ``None``
+        if detections have numbers that are not of pulses.
         """
         self._channel = ClassicalChannel(stream, sends=self.direction, timeout=timeout)
         self._settings = settings
@@ -238,6 +246,7 @@ class _Party(Generic[L]):
         self._restarts = False
         self._agreed: dict[Direction, Position] | None = None
         self._last_pulse = -1
+        self._first_pulse = first_pulse
         self._secrets: list[Bits] = []
 
     @property
@@ -258,9 +267,15 @@ class _Party(Generic[L]):
                 self._begun = True
             self._number += 1
             self._channel.begin_block(self._number, self._authenticator())
-            return await self._block()
-        except ReconciliationError as error:
-            raise LinkAuthenticationError(f"error correction: {error}") from None
+            try:
+                return await self._block()
+            except ReconciliationError as error:
+                raise LinkAuthenticationError(f"error correction: {error}") from None
+        except (BlockAborted, wire.SessionEnded):  # the other party knows
+            raise
+        except LinkError as error:
+            await self._channel.end(error)
+            raise
         finally:
             for secret in self._secrets:
                 secret.fill(0)
@@ -356,13 +371,19 @@ class _Party(Generic[L]):
         if self._restarts and self.ledger.filled:
             self.ledger.clear()
 
+    def _pulses_until(self, last: int) -> int | None:
+        """The pulses of a block that ends with this one."""
+        before, self._last_pulse = self._last_pulse, last
+        first = self._first_pulse
+        return None if first is None else last - max(before, first - 1)
+
     def _erase_later(self, bits: Bits) -> Bits:
         """Erase these at the end of the block."""
         self._secrets.append(bits)
         return bits
 
     def _estimate(
-        self, own: Bits, basis: Bits, intensity: Bits, tests: tuple[Bits, Bits], pulses: int
+        self, own: Bits, basis: Bits, intensity: Bits, tests: tuple[Bits, Bits], pulses: int | None
     ) -> _Sifted:
         """The key and counts of the kept detections; ``tests``: both parties' bits of the test."""
         kinds = len(self._settings.preset.transmitter.probabilities)
@@ -426,11 +447,12 @@ class _Party(Generic[L]):
         counts, sifted_bits = outcome.counts, len(sifted.key)
         qber = None if corrected.errors is None else counts.key_error_rate
         shannon = sifted_bits * binary_entropy(qber or 0.0)
+        clock = self._settings.preset.channel.repetition_rate_hz
         return Block(
             number=self._number,
             keys=keys,
             pulses=sifted.pulses,
-            seconds=sifted.pulses / self._settings.preset.channel.repetition_rate_hz,
+            seconds=None if sifted.pulses is None else sifted.pulses / clock,
             sifted=sifted_bits,
             tested=int(sum(counts.test)),
             qber=qber,
@@ -510,7 +532,7 @@ class Alice(_Party[PulseRecord]):
         tests = bit[basis.astype(bool)], np.concatenate(theirs)
         return self._estimate(bit, basis, intensity, tests, pulses)
 
-    async def _recall(self) -> tuple[list[wire.Report], list[Sent], int]:
+    async def _recall(self) -> tuple[list[wire.Report], list[Sent], int | None]:
         """Bob's reports, what was sent in those pulses, and how many pulses the block took."""
         reports: list[wire.Report] = []
         missing = self._settings.detections
@@ -526,7 +548,7 @@ class Alice(_Party[PulseRecord]):
             last = int(report.pulse[-1])
             reports.append(report)
         await self._verify_tag()
-        pulses, self._last_pulse = last - self._last_pulse, last
+        pulses = self._pulses_until(last)
         sent = [self._light.recall(report.pulse) for report in reports]
         for one in sent:
             self._erase_later(one.bit)
@@ -614,8 +636,7 @@ class Bob(_Party[Detector]):
                 wire.Report(pulse=part.pulse, basis=part.basis, bit=part.bit[in_test])
             )
         await self._channel.send_tag()
-        last = int(seen.pulse[-1])
-        pulses, self._last_pulse = last - self._last_pulse, last
+        pulses = self._pulses_until(int(seen.pulse[-1]))
         answers = [
             wire.Sift.decode(
                 await self._channel.receive(wire.Type.SIFT),

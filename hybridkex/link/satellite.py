@@ -21,6 +21,8 @@ EARTH_RADIUS_KM: Final = 6371.0
 GRAVITY_KM3_S2: Final = 398_600.4418
 LOWEST_DEG: Final = 10.0
 """No link is attempted below this elevation."""
+SAMPLES: Final = 200
+"""Moments of a pass in a mean."""
 MOST_SECONDS: Final = 1e9
 """The latest time of a pass, in seconds from its beginning."""
 
@@ -79,6 +81,12 @@ class SatellitePass:
         """Radians a second along the orbit; the rotation of the Earth is neglected."""
         radius = EARTH_RADIUS_KM + self.altitude_km
         return math.sqrt(GRAVITY_KM3_S2 / radius**3)
+
+    @property
+    def mean_loss_db(self) -> float:
+        """The constant loss through which as much light arrives as in the whole pass."""
+        times = [self.duration_s * (n + 0.5) / SAMPLES for n in range(SAMPLES)]
+        return -10.0 * math.log10(math.fsum(10.0 ** (-self(t) / 10.0) for t in times) / SAMPLES)
 
     def elevation_deg(self, seconds: float) -> float:
         """Elevation in degrees at a time of the pass, in seconds from its beginning.

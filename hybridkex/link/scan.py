@@ -71,8 +71,13 @@ COLUMNS: Final = (
     "blocks_aborted",
 )
 """Columns of a row in addition to its point: loss of the fibre (dB); secret bits per pulse and per
-second; secret bits, QBER, phase error bound, leak and seconds of a block; blocks made and aborted,
-0 unless blocks were simulated."""
+second; secret bits, QBER, phase error bound, leak and seconds of a block; blocks made and aborted.
+
+``None``, an empty field of a file, stands for what is not known: the numbers of a block where no
+settings with a key were found, or nothing is detected; QBER, phase error bound and leak where every
+simulated block was aborted; the numbers of blocks where none was simulated."""
+AMOUNTS: Final = ("rate", "bit_per_s", "secret_bits")
+"""Columns that are 0 where there is no key."""
 ERROR: Final = "error"
 """Column with the reason why a row has no results. Other rows do not have it."""
 SEARCHED: Final = ("intensities", "probabilities", "key_basis_probability", "brightness")
@@ -150,8 +155,10 @@ def evaluate(point: Point, *, blocks: int = 0, seed: int = 0) -> Row:
     """The row of one point.
 
     ``blocks``: 0 for the expected block, by closed forms; else so many blocks are made by the whole
-    protocol, and the row has their means. A point without a key has a rate of 0. Raises
-    ``ConfigError`` for impossible settings.
+    protocol, and the row has their means. The closed forms have the limit of the QBER and no decoy
+    check: a simulated block may be aborted where they have a rate. A point without a key has a rate
+    of 0, and where the search for the best settings finds none, no block is simulated; see
+    :data:`COLUMNS`. Raises ``ConfigError`` for impossible settings.
     """
     within("blocks", whole("blocks", blocks), 0, MOST_BLOCKS)
     (row,) = records("point", [point])
@@ -160,7 +167,7 @@ def evaluate(point: Point, *, blocks: int = 0, seed: int = 0) -> Row:
     for name, example in OWN.items():
         if example is not None:
             asked[name] = _typed(name, asked[name], example)
-    row = {**asked, **dict.fromkeys(COLUMNS, 0)}
+    row = {**asked, **dict.fromkeys(COLUMNS), **dict.fromkeys(AMOUNTS, 0)}
     chosen = _chosen(asked)
     row["loss_db"] = chosen.channel.attenuation_db_per_km * chosen.channel.distance_km
     bits, finite_key = asked["block_bits"], asked["finite_key"]
@@ -242,21 +249,25 @@ def _simulated(settings: LinkSettings, eve: str | None, blocks: int, seed: int) 
                 break
         secret = sum(one.secret_bits for one in made)
         bit_per_s = secret / seconds if secret else 0.0
-        row: Row = {
+        return {
             "rate": bit_per_s / settings.preset.channel.repetition_rate_hz,
             "bit_per_s": bit_per_s,
             "secret_bits": secret / blocks,
+            "qber": _mean([one.qber for one in made]),
+            "phase_error": _mean([one.phase_error for one in made]),
+            "leak_bits": _mean([one.leak for one in made]),
             "seconds": seconds / blocks,
             "blocks_made": len(made),
             "blocks_aborted": blocks - len(made),
         }
-        if made:
-            row["qber"] = sum(one.qber or 0.0 for one in made) / len(made)
-            row["phase_error"] = sum(one.phase_error for one in made) / len(made)
-            row["leak_bits"] = sum(one.leak for one in made) / len(made)
-        return row
 
     return trio.run(run)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """``None`` if there are no values, or not all are known."""
+    known = [one for one in values if one is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
 
 
 def _evaluated(point: Point, *, blocks: int, seed: int) -> Row:

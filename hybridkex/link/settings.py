@@ -74,6 +74,9 @@ class LinkSettings:
     within ``tolerance``; ``shares``: only the shares; ``off``: neither. No bound depends on it."""
     reauthentication: str = REAUTHENTICATION[0]
     """After a party has lost its authentication key: ``refuse``, or begin with ``signatures``."""
+    real_time: bool = False
+    """Whether detections come at the rate of the laser's clock, else as fast as they can be
+    simulated."""
     reconciler: Reconciler = field(default_factory=Cascade)
     """The error correction."""
     block_detections: int | None = None
@@ -81,6 +84,7 @@ class LinkSettings:
 
     def __post_init__(self) -> None:
         instance("preset", self.preset, Preset)
+        instance("real_time", self.real_time, bool)
         for name in ("block_bits", "key_bits", "block_detections"):
             value = getattr(self, name)
             if value is not None or name != "block_detections":
@@ -166,16 +170,21 @@ class LinkSettings:
         same = [(name, _canonical(value)) for name, value in sorted(mine.items())]
         return hashlib.sha256(repr(same).encode()).digest()
 
-    def check(self, counts: Counts, *, pulses: int) -> None:
-        """Check the counts. Raises ``BlockAborted`` with the reason."""
+    def check(self, counts: Counts, *, pulses: int | None) -> None:
+        """Check the counts. Raises ``BlockAborted`` with the reason.
+
+        ``pulses``: of the block; known where the decoy check is ``full``.
+        """
         if not sum(counts.key) or not sum(counts.test):
             raise BlockAborted("nothing was detected in one of the bases")
         self.check_qber(counts.test_error_rate, "test")
         channel, transmitter = self.preset.channel, self.preset.transmitter
         gain = transmitter.mean_gain(channel)
         if self.decoy_check == "full":
+            assert pulses is not None
             alive = max(1, pulses - self.detections * channel.dead_pulses)
-            self._compare("all detections", self.detections, gain * alive)
+            what = f"all detections of {pulses:,} pulses"
+            self._compare(what, self.detections, gain * alive)
         if self.decoy_check == "off":
             return
         if gain <= 0.0:

@@ -14,7 +14,7 @@ from hybridkex.link.authentication import Signatures
 from hybridkex.link.eavesdroppers import EAVESDROPPERS, eavesdropper
 from hybridkex.link.interference import TamperedStream
 from hybridkex.link.ledger import LANE_RESERVE, Ledger
-from hybridkex.link.party import Alice, Block, Bob
+from hybridkex.link.party import Alice, Block, Bob, cause
 from hybridkex.link.quantum import Fading, OpticalLink
 from hybridkex.link.randomness import Randomness
 from hybridkex.link.ranges import instance, one_of
@@ -51,15 +51,13 @@ class SimulatedLink:
         eve: str | None = None,
         bootstrap: str = "psk",
         seed: int | None = None,
-        real_time: bool = False,
         fading: Fading | None = None,
         observer: Observer | None = None,
     ) -> None:
         """``eve``: ``intercept:SHARE``, ``split:SHARE``, ``pns``, ``mitm``, ``tamper:BYTE``, or
         ``none``.
 
-        ``real_time``: detections come as fast as the laser's clock lets them, else as fast as they
-        can be simulated. ``fading``: more loss in dB at a time in seconds, such as a
+        ``fading``: more loss in dB at a time in seconds, such as a
         :class:`~hybridkex.link.satellite.SatellitePass`; without an Eve. ``seed`` makes a run
         repeatable, and its keys worthless. Raises ``ConfigError``.
         """
@@ -72,7 +70,6 @@ class SimulatedLink:
         self._eve = "" if eve is None or eve == "none" else eve
         self._seed = seed
         self._bootstrap = one_of("bootstrap", bootstrap, BOOTSTRAPS)
-        self._real_time = real_time
         channel, transmitter = settings.preset.channel, settings.preset.transmitter
         name, _, detail = self._eve.partition(":")
         self._tampered: int | None = None
@@ -93,7 +90,12 @@ class SimulatedLink:
         if fading is not None and self._eve:
             raise ConfigError("an eavesdropper cannot be combined with a fluctuating channel")
         self._link = OpticalLink(
-            channel, transmitter, light=light, fading=fading, seed=seed, real_time=real_time
+            channel,
+            transmitter,
+            light=light,
+            fading=fading,
+            seed=seed,
+            real_time=settings.real_time,
         )
         self._shared = Randomness.seeded(seed, "shared secret").bytes(2 * LANE_RESERVE)
         self._ends = _bootstraps(bootstrap, self._shared)
@@ -134,7 +136,7 @@ class SimulatedLink:
             self._link.record,
             bootstrap=self._ends[0],
             seed=self._seed,
-            patient=self._real_time,
+            patient=self.settings.real_time,
         )
         far, detector = streams[1], self._link
         between: list[Alice | Bob] = []
@@ -145,7 +147,7 @@ class SimulatedLink:
                 self.settings.preset.channel,
                 self.settings.preset.transmitter,
                 seed=self._seed,
-                real_time=self._real_time,
+                real_time=self.settings.real_time,
             )
             streams += stream_pair()
             between = [
@@ -155,7 +157,7 @@ class SimulatedLink:
                     self.settings,
                     other.record,
                     bootstrap=hers[0],
-                    patient=self._real_time,
+                    patient=self.settings.real_time,
                 ),
             ]
             far, detector = streams[3], other
@@ -195,7 +197,7 @@ class SimulatedLink:
         fatal = [one for one in failures if not isinstance(one, BlockAborted)]
         if fatal:
             self._over = True
-            raise fatal[0]
+            raise cause(fatal)
         if failures:
             if self._observer is not None and isinstance(failures[0], BlockAborted):
                 self._observer(failures[0])

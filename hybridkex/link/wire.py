@@ -16,6 +16,7 @@ CORRECTED  Bob          the number of wrong bits of each intensity, if the proof
 FINISH     Alice        hash of the key, seeds of hash and privacy amplification, name of the block
 VERDICT    Bob          whether the hash agrees
 TAG        both         authenticates all that this side has sent since its last tag
+END        both         why this side ends the session; no tag covers it, and it has no words
 =========  ===========  ============================================================================
 """
 
@@ -27,7 +28,7 @@ from typing import ClassVar, Final, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from hybridkex.errors import LinkError
+from hybridkex.errors import LinkAuthenticationError, LinkError
 from hybridkex.link.ledger import Direction, Position
 
 VERSION: Final = 3
@@ -50,6 +51,7 @@ class Type(IntEnum):
     FINISH = 7
     VERDICT = 8
     TAG = 9
+    END = 10
 
 
 LIMITS: Final = {
@@ -62,6 +64,7 @@ LIMITS: Final = {
     Type.FINISH: 1 << 27,
     Type.VERDICT: 1,
     Type.TAG: 16_384,
+    Type.END: 1,
 }
 """The longest body of each type."""
 
@@ -301,4 +304,57 @@ class Verdict:
         return cls(agree=body == b"\1")
 
 
-Message = Hello | Report | Sift | Request | Answer | Corrected | Finish | Verdict
+class SessionEnded(LinkError):
+    """The other party ended the session."""
+
+
+class SignatureRefused(LinkAuthenticationError):
+    """A signature of the other party does not verify."""
+
+
+class OtherDetections(LinkError):
+    """The other party reports detections that this one does not have."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class End:
+    """The last message of a party that ends the session: a number in :data:`REASONS`."""
+
+    type: ClassVar[Type] = Type.END
+    reason: int
+
+    def encode(self) -> bytes:
+        return bytes([self.reason])
+
+    @classmethod
+    def because_of(cls, error: LinkError) -> Self:
+        """What the other party is told of this error."""
+        kinds = [kind for kind, _ in REASONS]
+        return cls(reason=next(n for n, kind in enumerate(kinds) if isinstance(error, kind)))
+
+    @classmethod
+    def decode(cls, body: bytes) -> Self:
+        if len(body) != 1 or body[0] >= len(REASONS):
+            raise LinkError("the other party ended the session for an unknown reason")
+        return cls(reason=body[0])
+
+    @property
+    def words(self) -> str:
+        """What the party that is told reads in its log."""
+        return f"the other party ended the session: {REASONS[self.reason][1]}"
+
+
+NOT_OURS: Final = (
+    "it does not accept our signature: check that the certificate of ours that it reads "
+    "(peer_credential of a KME, --peer of a command) is the present one, and that it has read it"
+)
+REASONS: Final[tuple[tuple[type[LinkError], str], ...]] = (
+    (SignatureRefused, NOT_OURS),
+    (LinkAuthenticationError, "what it received from us is not authentic: see its log"),
+    (OtherDetections, "it has other detections: the two files are not of the same ones"),
+    (LinkError, "see its log"),
+)
+"""Errors that end a session and what the other party is told of them, the first that fits."""
+
+
+Message = Hello | Report | Sift | Request | Answer | Corrected | Finish | Verdict | End

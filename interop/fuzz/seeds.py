@@ -223,6 +223,7 @@ def _link_messages() -> dict[str, bytes]:
             hash_seed=bytes(32), hash=np.resize(bits, 50), name=bytes(16), seed=np.resize(bits, 99)
         ),
         "verdict": wire.Verdict(agree=True),
+        "end": wire.End(reason=1),
     }
     return {name: message.encode() for name, message in messages.items()}
 

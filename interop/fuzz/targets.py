@@ -543,6 +543,7 @@ def link_messages(data: bytes) -> None:
         lambda body: wire.Corrected.decode(body, most=(5, 5, 5)),
         lambda body: wire.Finish.decode(body, hash_bits=50, seed_bits=99),
         wire.Verdict.decode,
+        wire.End.decode,
     )
     for decode_ in decoders:
         try:

@@ -472,7 +472,7 @@ async def test_light_at_the_clock_of_the_laser_may_take_its_time(
 ) -> None:
     """An hour passes between Bob's HELLO and his report."""
     near, far = memory_stream_pair()
-    link = SimulatedLink(SMALL, real_time=real_time)
+    link = SimulatedLink(dataclasses.replace(SMALL, real_time=real_time))
     light = OpticalLink(SMALL.preset.channel, SMALL.preset.transmitter)
     alice = Alice(near, SMALL, light.record, bootstrap=Ledger(PSK), patient=real_time)
     hello = Hello(

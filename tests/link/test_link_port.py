@@ -1,7 +1,9 @@
 """The port of a link: strangers neither end Alice nor keep her from Bob."""
 
 import contextlib
+import dataclasses
 import errno
+import functools
 import logging
 import resource
 import secrets
@@ -22,23 +24,24 @@ from waiting import trio_until
 from hybridkex.auth.dev_ca import DevCa, write_identity
 from hybridkex.errors import (
     BlockAborted,
+    ConfigError,
     LedgerDry,
     LedgerLost,
     LinkAuthenticationError,
     LinkError,
 )
 from hybridkex.kme import link_feed
-from hybridkex.kme.config import LinkConfig
+from hybridkex.kme.config import LinkConfig, PeerConfig
 from hybridkex.kme.link_feed import PartyFeed
 from hybridkex.kme.metrics import KmeMetrics
 from hybridkex.link import party, remote
 from hybridkex.link.authentication import Signatures
-from hybridkex.link.greeting import greet, greeted
+from hybridkex.link.greeting import ACCEPTED, greet, greeted
 from hybridkex.link.ledger import Direction, Position
 from hybridkex.link.optimise import tuned
 from hybridkex.link.presets import PRESETS
 from hybridkex.link.settings import LinkSettings
-from hybridkex.link.wire import HEADER, LIMITS, Hello, Type
+from hybridkex.link.wire import HEADER, LIMITS, Hello, SessionEnded, Type
 from hybridkex.net.address import TcpAddress
 from hybridkex.net.reading import EndOfStream
 from hybridkex.net.threads import NoThread
@@ -70,7 +73,6 @@ def feed(
         party=party,
         address=TcpAddress("127.0.0.1", port),
         signatures=signatures[party],
-        real_time=False,
         note=lambda block: None,
         name=name,
     )
@@ -201,21 +203,32 @@ async def test_the_system_ends_a_session_whose_other_end_has_vanished(
 
 
 async def exchange(client: Signatures, server: Signatures, kind: bytes = b"C") -> bytes:
+    """Both are told how it ends."""
     one, other = trio.testing.memory_stream_pair()
-    number = secrets.token_bytes(16)
+    number, failures = secrets.token_bytes(16), list[Exception]()
+
+    async def run(greeting: Any) -> None:
+        try:
+            assert await greeting in (None, (kind, number))
+        except (LinkError, EndOfStream) as error:
+            failures.append(error)
+            await trio.testing.wait_all_tasks_blocked()
+            await other.aclose()
+
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(partial(greet, sends=BOB), one, client, kind, number)
-        found = await greeted(other, server, receives=BOB)
-        assert found == (kind, number)
-    return found[0]
+        nursery.start_soon(run, greet(one, client, kind, number, sends=BOB))
+        nursery.start_soon(run, greeted(other, server, receives=BOB))
+    if failures:
+        raise ExceptionGroup("", failures)
+    return kind
 
 
 async def test_only_bob_is_greeted(signatures: dict[str, Signatures]) -> None:
     assert await exchange(signatures["bob"], signatures["alice"]) == b"C"
     for wrong in ("eve", "alice"):  # a stranger, and Alice's own words sent back
-        with pytest.RaisesGroup(LinkAuthenticationError):
+        with pytest.RaisesGroup(LinkAuthenticationError, SessionEnded):
             await exchange(signatures[wrong], signatures["alice"])
-    with pytest.RaisesGroup(LinkError):
+    with pytest.RaisesGroup(LinkError, EndOfStream):
         await exchange(signatures["bob"], signatures["alice"], kind=b"Z")
 
 
@@ -227,6 +240,7 @@ async def test_a_greeting_is_not_good_twice(signatures: dict[str, Signatures]) -
         said = bytes(await other.receive_some())
         await other.send_all(bytes(32))
         said += bytes(await other.receive_some())
+        await other.send_all(ACCEPTED)
     one, other = trio.testing.memory_stream_pair()
     await one.send_all(said)
     with pytest.raises(LinkAuthenticationError):
@@ -639,3 +653,157 @@ async def test_both_operators_read_why_two_ends_do_not_fit(
                 assert all(words[different] in one for one in ended)
                 said = {name: sum(one.startswith(name) for one in ended) for name in said}
             nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("refuses", ["alice", "bob"])
+async def test_both_operators_read_which_credential_does_not_fit(
+    refuses: str,
+    tmp_path: Path,
+    signatures: dict[str, Signatures],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """One end has the certificate of somebody else for that of the other."""
+    other, wrong = {"alice": "bob", "bob": "alice"}[refuses], tmp_path / "eve" / "cert.pem"
+    key = tmp_path / refuses / "key.pem"
+    signatures[refuses] = Signatures.from_files(key, wrong)
+    port = free_port()
+    said = {
+        refuses: f"does not verify with the certificate last read from {wrong}",
+        other: "it does not accept our signature: check that the certificate of ours",
+    }
+
+    def lines(who: str) -> list[str]:
+        found = [one.getMessage() for one in caplog.records]
+        return [one for one in found if one.startswith(f"{who}: ") and said[who] in one]
+
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            for name in said:
+                nursery.start_soon(feed(name, port, signatures, name=name).run)
+            await trio_until(lambda: all(map(lines, said)))
+            nursery.cancel_scope.cancel()
+
+
+async def test_alice_says_that_she_waits(
+    signatures: dict[str, Signatures],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Once for each time, and however often Bob comes and goes, at a bounded rate."""
+    monkeypatch.setattr(link_feed, "ALONE", 0.02)
+    alice = feed("alice", 1, signatures)
+    put, arrived = trio.open_memory_channel[Any](0)
+    with trio.move_on_after(0.2):
+        await alice._awaited(arrived)
+    [line] = [one.getMessage() for one in caplog.records]
+    assert "no session for 0.02 s: the other party has not connected to 127.0.0.1:1" in line
+    async with trio.open_nursery() as nursery:
+        for _ in range(9):
+            nursery.start_soon(alice._awaited, arrived)
+            await trio.sleep(0.05)
+            await put.send("a session")
+    assert len([one for one in caplog.records if "has not connected" in one.getMessage()]) == 5
+
+
+OTHERS = {
+    "preset": "bbm92",
+    "distance_km": 1.0,
+    "block_bits": 20_000,
+    "tuned": False,
+    "real_time": True,
+    "bootstrap": "psk",
+    "reauthentication": "signatures",
+    "party": "bob",
+    "address": TcpAddress("127.0.0.1", 2),
+    "peer_credential": Path("eve/cert.pem"),
+}
+"""Another value for each setting of a link."""
+READ = {
+    "no link": set[str](),
+    "one process": {"preset", "distance_km", "block_bits", "tuned", "real_time", "bootstrap"},
+    "alice": set(OTHERS) - {"bootstrap"},
+    "bob": set(OTHERS) - {"bootstrap"},
+}
+
+
+@pytest.mark.parametrize("mode", sorted(READ))
+def test_each_setting_of_a_link_is_held_or_refused(
+    mode: str, tmp_path: Path, signatures: dict[str, Signatures]
+) -> None:
+    """Whatever the mode: none is silently not read."""
+    remote = mode in ("alice", "bob")
+    usual: dict[str, Any] = {"preset": "rusca2018", "distance_km": 0.0, "block_bits": 30_000}
+    if remote:
+        peer = "bob" if mode == "alice" else "alice"
+        usual |= {"party": mode, "address": TcpAddress("127.0.0.1", 1)}
+        usual |= {"peer_credential": tmp_path / peer / "cert.pem"}
+    config: Any = SimpleNamespace(
+        id="a", key=tmp_path / "alice" / "key.pem", limits=SimpleNamespace(key_size=256)
+    )
+
+    def held(**settings: Any) -> tuple[Any, ...]:
+        peer = PeerConfig(
+            id="b",
+            saes=(),
+            url="https://b.example" if remote else None,
+            producer="random" if mode == "no link" else "link",
+            link=LinkConfig(**settings),
+        )
+        made: Any = link_feed.link_feed(config, peer, KmeMetrics())
+        if remote:
+            certificate = made._signatures.certificate
+            return made._settings.digest, made._party, made._address, certificate
+        return made._make.args[0].digest, made._make.keywords["bootstrap"]
+
+    assert sorted(OTHERS) == sorted(one.name for one in dataclasses.fields(LinkConfig))
+    before = None if mode == "no link" else held(**usual)
+    for name, value in OTHERS.items():
+        if name == "party":
+            value = "alice" if mode == "bob" else "bob"  # noqa: PLW2901
+        if name == "peer_credential":
+            value = tmp_path / value  # noqa: PLW2901
+        if name in READ[mode]:
+            assert held(**usual | {name: value}) != before, name
+        else:
+            with pytest.raises(ConfigError):
+                held(**usual | {name: value})
+
+
+@pytest.mark.parametrize("asked", [None, "ecdsa", "ml-dsa", "psk", "rsa", "nonsense"])
+@pytest.mark.parametrize("kinds", ["ecdsa ecdsa", "ml-dsa ml-dsa", "ecdsa ml-dsa", "rsa rsa"])
+def test_what_signs_the_first_block_is_what_was_asked_for(
+    asked: str | None, kinds: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own, other = kinds.split()
+    for name, kind in (("own", own), ("other", other)):
+        _credential(tmp_path / name, kind)
+    config: Any = SimpleNamespace(
+        id="a", key=tmp_path / "own" / "key.pem", limits=SimpleNamespace(key_size=256)
+    )
+    link = LinkConfig(
+        party="bob",
+        address=TcpAddress("127.0.0.1", 1),
+        peer_credential=tmp_path / "other" / "cert.pem",
+        bootstrap=asked,
+        tuned=False,
+    )
+    peer = PeerConfig(id="b", saes=(), url="https://b.example", producer="link", link=link)
+    caplog.set_level(logging.INFO)
+    if asked is None or asked == own == other:
+        link_feed.link_feed(config, peer, KmeMetrics())
+        assert f"ours {own}, those of the other party {other}" in caplog.text
+        return
+    right = f'write bootstrap = "{own}"' if own == other else "leave it out"
+    with pytest.raises(ConfigError, match=f'bootstrap = "{asked}", but .*{right}'):
+        link_feed.link_feed(config, peer, KmeMetrics())
+
+
+@functools.cache
+def _identity(kind: str) -> tuple[DevCa, Any]:
+    ca = DevCa.create()
+    algorithm = {"ecdsa": "ecdsa", "ml-dsa": "mldsa65", "rsa": "rsa"}[kind]
+    return ca, ca.issue("kme", algorithm=algorithm)
+
+
+def _credential(folder: Path, kind: str) -> None:
+    write_identity(folder, *_identity(kind))

@@ -3,10 +3,12 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import trio
+from waiting import trio_until
 
 from hybridkex.auth.dev_ca import DevCa, write_identity
 from hybridkex.cli import main
@@ -35,7 +37,7 @@ async def main():
         signatures=Signatures.from_files(
             Path(folder) / party / "key.pem", Path(folder) / peer / "cert.pem"
         ),
-        real_time=False, note=lambda block: None,
+        note=lambda block: None,
     )
     found = {}
     async with trio.open_nursery() as nursery:
@@ -194,3 +196,82 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["qkd", "run", "--satellite", "70", "--distance", "5"])
     assert "not allowed with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [[], ["--bootstrap", "ecdsa"]])
+def test_no_line_of_a_run_is_wider_than_its_output(
+    more: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["qkd", "run", "--preset", "rusca2018", "--distance", "5", "--block-bits", "5e4"]
+    assert main([*command, "--blocks", "1", *more]) == 0
+    out = capsys.readouterr().out
+    assert ("if no signature was forged" in out) == bool(more)
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def two_files(folder: Path) -> dict[str, Path]:
+    """Each KME of ``dev-up`` with a file of its own, and a link between the two processes."""
+    assert main(["kme", "dev-up", str(folder), "--ports", "0,0", "--no-serve"]) == 0
+    both = load_config(folder / "kme.toml").kme
+    ports, link = [free_port(), free_port()], free_port()
+    paths = {}
+    for number, (kme, party) in enumerate(zip(both, ("alice", "bob"), strict=True)):
+        other = both[1 - number]
+        paths[kme.id] = folder / f"{kme.id}.toml"
+        paths[kme.id].write_text(f"""
+[[kme]]
+id = "{kme.id}"
+listen = "127.0.0.1:{ports[number]}"
+saes = ["{kme.saes[0]}"]
+ca = "{kme.id}/ca.pem"
+certificate = "{kme.id}/cert.pem"
+key = "{kme.id}/key.pem"
+store = "{kme.id}/keys.db"
+key_file = "{kme.id}/store.key"
+[[kme.peer]]
+id = "{other.id}"
+saes = ["{other.saes[0]}"]
+url = "https://127.0.0.1:{ports[1 - number]}"
+producer = "link"
+[kme.peer.link]
+preset = "rusca2018"
+distance_km = 0
+block_bits = 30000
+tuned = false
+reauthentication = "signatures"
+party = "{party}"
+address = "127.0.0.1:{link}"
+peer_credential = "{other.id}/cert.pem"
+""")
+    return paths
+
+
+async def test_renewed_certificates_begin_the_next_session(tmp_path: Path) -> None:
+    """SIGHUP at both ends, then one is restarted: the other does not go on with what it had."""
+    paths = two_files(tmp_path)
+
+    def made(server: KmeServer) -> bool:
+        return b"qkd_link_blocks_total{kme" in server.metrics.text()
+
+    async def serve(nursery: trio.Nursery, name: str) -> KmeServer:
+        server = KmeServer(load_config(paths[name]))
+        await nursery.start(server.serve)
+        return server
+
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            a = await serve(nursery, "kme-a")
+            async with trio.open_nursery() as until_restart:
+                b = await serve(until_restart, "kme-b")
+                await trio_until(lambda: made(a) and made(b))
+                ca = DevCa.create()
+                for name in paths:
+                    identity = ca.issue("127.0.0.1", common_name=name)
+                    write_identity(tmp_path / name, ca, identity, overwrite=True)
+                for server, name in ((a, "kme-a"), (b, "kme-b")):
+                    await server.reload(partial(load_config, paths[name]))
+                b.close()
+            again = await serve(nursery, "kme-b")
+            await trio_until(lambda: made(again))
+            for server in (a, again):
+                server.close()

@@ -38,6 +38,7 @@ from hybridkex.link.measured import (
     write_measured,
 )
 from hybridkex.link.optimise import tuned
+from hybridkex.link.party import Alice, Bob
 from hybridkex.link.presets import PRESETS, Preset
 from hybridkex.link.quantum import sample
 from hybridkex.link.randomness import Randomness
@@ -95,6 +96,28 @@ def test_rows_that_are_sifted_already_will_do() -> None:
     assert part.secret_bits == pytest.approx(whole.secret_bits, abs=100)
     with pytest.raises(ConfigError, match="decoy_check"):
         distil(sifted[0], sifted[1], LinkSettings(preset=chosen))
+
+
+@pytest.mark.parametrize("begins", [0, 1, 10**12, None])
+def test_a_block_has_the_time_from_its_first_pulse_to_its_last(begins: int | None) -> None:
+    """Wherever pulses are counted from; without them its time is not known, and no number is."""
+    alice, bob, chosen = recorded()
+    assert alice.pulse is not None
+    count = None if begins is None else alice.pulse + begins
+    ends = [replace(one, pulse=count) for one in (alice, bob)]
+    check = "shares" if begins is None else "full"
+    for block in distil(ends[0], ends[1], LinkSettings(preset=chosen, decoy_check=check)):
+        if begins is None:
+            assert (block.pulses, block.seconds, block.rate) == (None, None, None)
+        else:
+            assert block.pulses == alice.pulse[-1] - alice.pulse[0] + 1
+            assert block.seconds == block.pulses / chosen.channel.repetition_rate_hz
+            assert block.rate == block.secret_bits / block.seconds
+    if begins is not None:  # half of the light was not recorded
+        gap = np.arange(ROWS) >= ROWS // 2
+        ends = [replace(one, pulse=count + gap * np.ptp(count)) for one in (alice, bob)]
+        with pytest.raises(BlockAborted, match=r"all detections of [\d,]+ pulses: 120000 det"):
+            distil(ends[0], ends[1], LinkSettings(preset=chosen))
 
 
 def test_the_decoy_check_says_what_is_expected_or_is_off() -> None:
@@ -216,6 +239,13 @@ def test_record_and_distil_as_commands(tmp_path: Path, capsys: pytest.CaptureFix
     found = json.loads(capsys.readouterr().out)
     assert found["keys"] == len(keys.read_text().splitlines()) > 5
     assert keys.stat().st_mode & 0o077 == 0
+    kept = {path: path.read_bytes() for path in (keys, *folder.iterdir())}
+    for again in ([*record, "-o", str(folder)], ["qkd", "distil", *files, "--keys", str(keys)]):
+        assert main(again) == 1
+        assert "exists already and is not replaced" in capsys.readouterr().err
+    assert kept == {path: path.read_bytes() for path in kept}
+    assert main(["qkd", "distil", *files, "--keys", "/dev/null"]) == 0
+    capsys.readouterr()
     assert main(["qkd", "distil", files[0], files[0]]) != 0
     assert "one Bob's" in capsys.readouterr().err
     assert main(["qkd", "distil", files[0]]) != 0
@@ -409,7 +439,7 @@ def test_an_intensity_that_the_source_does_not_have(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("moved", [1, None])
 def test_two_ends_with_other_pulses_are_told(moved: int | None) -> None:
-    """Over a stream nobody compares the files beforehand."""
+    """Over a stream nobody compares the files beforehand; both ends are told."""
     alice, bob, chosen = recorded(rows=20_000)
     assert alice.pulse is not None
     odd = replace(bob, pulse=None if moved is None else alice.pulse + moved)
@@ -419,18 +449,17 @@ def test_two_ends_with_other_pulses_are_told(moved: int | None) -> None:
 
     async def run() -> None:
         async with near, far, trio.open_nursery() as nursery:
-            ends = (
+            for end in (
                 alice_of(alice, chosen_settings, near, Ledger(secret)),
                 bob_of(odd, chosen_settings, far, Ledger(secret)),
-            )
-            nursery.start_soon(ends[1].block)
-            try:
-                await ends[0].block()
-            finally:
-                nursery.cancel_scope.cancel()
+            ):
+                nursery.start_soon(told, end)
 
-    with pytest.RaisesGroup(pytest.RaisesExc(LinkError, match="not of the same detections")):
-        trio.run(run)
+    async def told(end: Alice | Bob) -> None:
+        with pytest.raises(LinkError, match="files are not of the same"):
+            await end.block()
+
+    trio.run(run)
 
 
 def test_a_damaged_archive_is_refused_in_one_line(tmp_path: Path) -> None:

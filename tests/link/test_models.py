@@ -1,6 +1,7 @@
 """What the instrument does: dead time, memory, Eve with the theory's signature, pairs, fading."""
 
 import dataclasses
+import json
 import math
 import re
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
+from hybridkex.cli import main
 from hybridkex.errors import BlockAborted, ConfigError, LinkError
 from hybridkex.link.eavesdroppers import PhotonNumberSplitting, eavesdropper
 from hybridkex.link.finite_key import Security, expected_counts, proof_for
@@ -304,6 +306,17 @@ async def test_no_key_is_made_after_a_pass() -> None:
             blocks += 1
             assert blocks < 100
     assert "177 seconds is over" in str(ended)
+
+
+def test_a_pass_has_a_loss_to_choose_settings_for(capsys: pytest.CaptureFixture[str]) -> None:
+    over = SatellitePass(top_elevation_deg=80)
+    assert over(over.duration_s / 2) < over.mean_loss_db < over(0.0) - 3.0
+    command = ["qkd", "run", "--preset", "gys2005", "--blocks", "1", "--json", "--satellite"]
+    assert main([*command, "60", "--block-bits", "2e4"]) == 1
+    assert "pass of 436 seconds is over" in json.loads(capsys.readouterr().out)["aborted"]
+    assert main([*command, "12", "--block-bits", "1000"]) == 1
+    said = capsys.readouterr().err
+    assert "gys2005 makes no key over a pass up to 12 degrees in blocks of 1000 bits; lower" in said
 
 
 async def test_blocks_of_a_pass_take_longer_where_the_loss_is_high() -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import logging
 import math
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,7 @@ from hybridkex.link.scan import (
     write_scan,
 )
 
+MISSING = [] if find_spec("pyarrow") else ["parquet"]
 POINTS = grid({"preset": ["lim2014", "rusca2018"], "distance_km": [10, 60, 400]})
 SMALL = grid({"preset": ["rusca2018"], "distance_km": [5, 20], "block_bits": [20_000]})
 
@@ -66,6 +69,42 @@ def test_points_without_key_have_a_rate_of_zero() -> None:
     rows = scan(POINTS)
     assert [row["rate"] > 0 for row in rows] == [True, True, False] * 2
     assert all(set(COLUMNS) <= set(row) for row in rows)
+
+
+OF_A_BLOCK = ("qber", "phase_error", "leak_bits", "seconds")
+OF_BLOCKS = ("blocks_made", "blocks_aborted")
+DARK = {"receiver_efficiency": 0, "dark_count_probability": 0, "tuned": False}
+TINY = {"preset": "rusca2018", "distance_km": 0, "block_bits": 1000, "tuned": False}
+
+
+@pytest.mark.parametrize(
+    ("point", "blocks", "unknown"),
+    [
+        ({"distance_km": 400}, 0, OF_A_BLOCK + OF_BLOCKS),
+        ({"distance_km": 400}, 1, OF_A_BLOCK + OF_BLOCKS),
+        (DARK, 0, OF_A_BLOCK + OF_BLOCKS),
+        ({**TINY, "eve": "intercept"}, 0, OF_BLOCKS),
+        ({**TINY, "eve": "intercept"}, 2, OF_A_BLOCK[:-1]),
+        ({"preset": "lim2014"}, 0, OF_BLOCKS),
+    ],
+)
+def test_no_number_stands_for_what_is_not_known(
+    point: dict[str, Any], blocks: int, unknown: tuple[str, ...], tmp_path: Path
+) -> None:
+    row = evaluate(point, blocks=blocks)
+    assert {name for name in COLUMNS if row[name] is None} == set(unknown)
+    if row["rate"] == 0:
+        assert (row["bit_per_s"], row["secret_bits"]) == (0, 0)
+    if "blocks_made" not in unknown:
+        assert row["blocks_made"] + row["blocks_aborted"] == blocks
+    other = evaluate({"distance_km": 50})
+    for suffix in SUFFIXES if "parquet" not in MISSING else SUFFIXES[::2]:
+        write_scan(tmp_path / f"x{suffix}", [row, other])
+        again = read_scan(tmp_path / f"x{suffix}")
+        assert {name for name in COLUMNS if again[0][name] is None} == set(unknown)
+        for name in set(OF_A_BLOCK) & set(unknown):
+            line = plot_scan(again, x="distance_km", y=name)[1].lines[0]
+            assert list(line.get_ydata()) == [other[name]]
 
 
 def test_any_setting_may_vary() -> None:
@@ -495,6 +534,33 @@ def test_a_missing_package_is_known_before_the_work(
     assert main(["qkd", command, *given[command]]) != 0
     assert "pip install 'hybridkex[parquet]'" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("x=1", [1]),
+        ("x=0:20:10", [0, 10, 20]),
+        ("x = 0:20:10 , 50,70:90:20 ", [0, 10, 20, 50, 70, 90]),
+        ("x=lim2014, bbm92", ["lim2014", "bbm92"]),
+        ("x= None ,true, 1e5", [None, True, 100_000]),
+        ("x=0.5 / 0.2/ 2e-4, 0.4/0.1/0", [[0.5, 0.2, 2e-4], [0.4, 0.1, 0]]),
+    ],
+)
+def test_values_that_vary_are_split_at_commas_first(text: str, values: list[Any]) -> None:
+    assert qkd_scan._values(text) == ("x", values)
+
+
+def test_words_with_a_colon_are_no_range() -> None:
+    words = ("intercept:0.1", "split:0.02", "pns", "tamper:9")
+    for count in (1, 2, 3):
+        for given in itertools.permutations(words, count):
+            assert qkd_scan._values(f"eve={','.join(given)}") == ("eve", list(given))
+
+
+def test_values_without_bound_are_refused() -> None:
+    with pytest.raises(ConfigError, match="more than 100,000 values"):
+        qkd_scan._values("x=" + ",".join(["0:1:1.1e-5"] * 1000))
 
 
 def test_a_scan_with_impossible_points_says_so(

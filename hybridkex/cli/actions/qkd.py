@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
+from textwrap import fill
 from typing import Any, Final
 
 from rich.box import SIMPLE
@@ -39,12 +40,18 @@ def run(options: RunOptions) -> int:
     fading = (
         None if options.satellite is None else SatellitePass(top_elevation_deg=options.satellite)
     )
+    where = (
+        f"{options.distance:g} km"
+        if fading is None
+        else f"a pass up to {options.satellite:g} degrees"
+    )
     chosen = preset(options.preset).at(options.distance if fading is None else 0.0)
     if not options.as_published:
-        typical = chosen
+        typical, through = chosen, None
         if fading is not None:
-            typical = replace(chosen, channel=chosen.channel.with_loss(fading(0.0)))
-        best = tuned(typical, options.block_bits, finite_key=options.finite_key)
+            typical = replace(chosen, channel=chosen.channel.with_loss(fading.mean_loss_db))
+            through = where
+        best = tuned(typical, options.block_bits, finite_key=options.finite_key, where=through)
         chosen = replace(chosen, transmitter=best.transmitter)
     settings = LinkSettings(
         preset=chosen,
@@ -53,19 +60,14 @@ def run(options: RunOptions) -> int:
         finite_key=options.finite_key,
         leak=options.leak,
         decoy_check="full" if fading is None else "off",
+        real_time=options.real_time,
     )
     link = SimulatedLink(
         settings,
         eve=options.eve,
         bootstrap=options.bootstrap,
         seed=options.seed,
-        real_time=options.real_time,
         fading=fading,
-    )
-    where = (
-        f"{options.distance:g} km"
-        if fading is None
-        else f"a pass up to {options.satellite:g} degrees"
     )
     show = _json_lines() if options.json else _table(settings, where)
     with show as report:
@@ -140,11 +142,11 @@ def _table(settings: LinkSettings, where: str) -> Iterator[Report]:
             table.add_row(
                 str(number),
                 f"{outcome.sifted:,}",
-                "-" if outcome.qber is None else f"{outcome.qber:.2%}",
-                "-" if outcome.efficiency is None else f"{outcome.efficiency:.3f}",
+                _shown(outcome.qber, ".2%"),
+                _shown(outcome.efficiency, ".3f"),
                 f"{outcome.leak:,}",
                 f"{outcome.secret_bits:,}",
-                f"{outcome.rate:,.0f}",
+                _shown(outcome.rate, ",.0f"),
                 str(len(outcome.keys)),
                 f"{seconds:.2f}",
             )
@@ -168,11 +170,17 @@ def _table(settings: LinkSettings, where: str) -> Iterator[Report]:
         print(line)
 
 
+def _shown(value: float | None, form: str) -> str:
+    """A number of a block; a dash where it is not known."""
+    return "-" if value is None else format(value, form)
+
+
 def _epsilon(block: Block) -> str:
     part = block.epsilon
     base = " if no signature was forged" if part.conditional else ""
-    return (
+    text = (
         f"epsilon of block {block.number}: {part.total:.2g}{base} "
-        f"({part.secrecy:.2g} secrecy, {part.correctness:.2g} correctness,\n"
+        f"({part.secrecy:.2g} secrecy, {part.correctness:.2g} correctness, "
         f"{part.authentication:.2g} authentication, {part.inherited:.2g} of earlier blocks)"
     )
+    return fill(text, WIDTH)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Final
 
 import trio
@@ -51,7 +52,10 @@ def record(options: RecordOptions) -> int:
     if not 1 <= options.detections <= MOST_DETECTIONS:
         raise ConfigError(f"--detections must be between 1 and {MOST_DETECTIONS:,}")
     ending = ".parquet" if options.parquet else ".npz"
-    file_kind(options.output / f"alice{ending}", "detections", SUFFIXES)
+    alice, bob = (options.output / f"{name}{ending}" for name in ("alice", "bob"))
+    for path in (alice, bob):
+        file_kind(path, "detections", SUFFIXES)
+        _check_new(path)
     chosen = preset(options.preset).at(options.distance)
     if not options.as_published:
         chosen = tuned(chosen, max(1000, options.detections // 2))
@@ -60,16 +64,15 @@ def record(options: RecordOptions) -> int:
     sent = light.record.recall(seen.pulse)
     try:
         options.output.mkdir(exist_ok=True)
-        for name, measured in (
+        for path, measured in (
             (
-                "alice",
+                alice,
                 Measured(
                     pulse=seen.pulse, basis=sent.basis, bit=sent.bit, intensity=sent.intensity
                 ),
             ),
-            ("bob", Measured(pulse=seen.pulse, basis=seen.basis, bit=seen.bit)),
+            (bob, Measured(pulse=seen.pulse, basis=seen.basis, bit=seen.bit)),
         ):
-            path = options.output / f"{name}{ending}"
             write_measured(path, measured, chosen)
             print(path)
     except OSError as error:
@@ -101,6 +104,8 @@ def run_distil(options: DistilOptions) -> int:
         leak=options.leak,
     )
     measured = [one for one, _ in read]
+    if options.keys is not None:
+        _check_new(options.keys)
     try:
         # The room is taken first: the other end's keys are worth nothing if ours cannot be kept.
         with _kept(options, measured) as keep:
@@ -119,6 +124,12 @@ def run_distil(options: DistilOptions) -> int:
         line["aborted"] = block.too_short
     print(json_line(line))
     return 0 if block.keys else 1
+
+
+def _check_new(path: Path) -> None:
+    """Keys and measured detections cannot be made again. Raises ``ConfigError``."""
+    if path.is_file():
+        raise ConfigError(f"{path} exists already and is not replaced: choose another name")
 
 
 @contextmanager

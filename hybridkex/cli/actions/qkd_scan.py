@@ -37,6 +37,7 @@ PER_CORE: Final = 4
 
 
 def _value(text: str) -> Any:
+    text = text.strip()
     known = {"none": None, "true": True, "false": False}
     if text.lower() in known:
         return known[text.lower()]
@@ -50,12 +51,22 @@ def _value(text: str) -> Any:
 
 
 def _values(text: str) -> tuple[str, list[Any]]:
-    name, equal, given = text.partition("=")
-    if not (name and equal and given):
+    name, _, given = map(str.strip, text.partition("="))
+    if not (name and given):
         raise ConfigError(f"--vary {text}: write NAME=VALUES")
+    values: list[Any] = []
+    for one in given.split(","):
+        values += _range(text, one)
+        if len(values) > MOST_VALUES:
+            raise ConfigError(f"--vary {name} has more than {MOST_VALUES:,} values")
+    return name, values
+
+
+def _range(text: str, given: str) -> list[Any]:
+    """The values of a part between commas: one, or those of FIRST:LAST:STEP."""
     parts = given.split(":")
     if len(parts) != 3:
-        return name, [_value(one) for one in given.split(",")]
+        return [_value(given)]
     try:
         first, last, step = map(float, parts)
     except ValueError:
@@ -63,7 +74,7 @@ def _values(text: str) -> tuple[str, list[Any]]:
     if not (step > 0.0 and last >= first and (last - first) / step < MOST_VALUES):
         raise ConfigError(f"--vary {text}: FIRST:LAST:STEP must ascend, in fewer than 1e5 steps")
     count = int((last - first) / step + 1e-9) + 1
-    return name, [_value(repr(first + step * n)) for n in range(count)]
+    return [_value(repr(first + step * n)) for n in range(count)]
 
 
 def run_scan(options: ScanOptions) -> int:

@@ -308,7 +308,7 @@ class PartyFeed:
 
     async def _reach(self, kind: bytes, number: bytes) -> trio.SocketStream:
         """Open a connection that Alice has greeted."""
-        silent = True
+        said = set[float]()  # of refusals and of other troubles
         while True:
             try:
                 with trio.fail_after(GREETING_SECONDS):
@@ -323,12 +323,12 @@ class PartyFeed:
             except (LinkError, OSError, trio.BrokenResourceError, *_NOTHING) as error:
                 # A refusal does not pass by itself.
                 pause = LONG_PAUSE if isinstance(error, LinkError) else PAUSE
-                if silent:
-                    silent = not self._troubles.log(
-                        logging.WARNING,
-                        "no session with the other party at %s: %s; it is tried again every %g s",
-                        *(self._address, _no_greeting(error), pause),
-                    )
+                if pause not in said and self._troubles.log(
+                    logging.WARNING,
+                    "no session with the other party at %s: %s; it is tried again every %g s",
+                    *(self._address, _no_greeting(error), pause),
+                ):
+                    said.add(pause)
                 await trio.sleep(pause)
             else:
                 return stream
@@ -363,7 +363,7 @@ class PartyFeed:
             if silent:
                 silent = not self._troubles.log(
                     logging.WARNING,
-                    "no session for %g s: the other party has not connected to %s",
+                    "no session for %g s: the other party has not connected to %s, or was refused",
                     *(ALONE, self._address),
                 )
 

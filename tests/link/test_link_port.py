@@ -678,7 +678,7 @@ async def test_both_operators_read_which_credential_does_not_fit(
 
     with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
-            for name in said:
+            for name in sorted(said, reverse=True):  # Bob has to wait for Alice's port
                 nursery.start_soon(feed(name, port, signatures, name=name).run)
             await trio_until(lambda: all(map(lines, said)))
             nursery.cancel_scope.cancel()

@@ -67,6 +67,8 @@ _NEXT_STEPS: Final = {
 }
 """The next step, by the message with which PostgreSQL refuses a connection."""
 
+_MARK: Final = "-c hybridkex.ours=yes"
+"""A session that has this has all of our settings: nobody else makes it."""
 _NEVER: Final = (
     "enable_bitmapscan",
     "enable_hashjoin",
@@ -142,7 +144,7 @@ def prepared(url: str) -> tuple[str, str]:
     # Where a password has an "@" or a "/", its rest is in these. "@name" is an abstract socket.
     if "@" in host[1:] or "@" in name or not set(port) <= set("0123456789,"):
         raise _malformed()
-    limits = f"-c statement_timeout={int(STATEMENT_SECONDS * 1000)} -c row_security=on"
+    limits = f"-c statement_timeout={int(STATEMENT_SECONDS * 1000)} -c row_security=on {_MARK}"
     plans = " ".join(f"-c {name}=off" for name in _NEVER)
     options = f"{given.get('options') or ''} {limits} {plans}".strip()
     settings: dict[str, Any] = {
@@ -150,9 +152,8 @@ def prepared(url: str) -> tuple[str, str]:
         "tcp_user_timeout": int(STATEMENT_SECONDS * 2000),
         "keepalives_idle": 30,  # a machine that has gone, also while tables are converted
         "application_name": "hybridkex kme",
-        "client_encoding": "UTF8",
     }
-    conninfo = make_conninfo(**settings | given | {"options": options})
+    conninfo = make_conninfo(**settings | given | {"options": options, "client_encoding": "UTF8"})
     where = f"{given.get('dbname') or 'the database'} at {given.get('host') or 'the local server'}"
     return conninfo, where
 
@@ -174,9 +175,7 @@ def check_session(connection: "psycopg.Connection[Any]", where: str) -> None:
     Raises:
         ConfigError: a pooler in between has dropped them; it would also mix the sessions.
     """
-    query = "SELECT setting::int FROM pg_settings WHERE name = 'statement_timeout'"
-    row = connection.execute(query).fetchone()
-    if row != (int(STATEMENT_SECONDS * 1000),):
+    if connection.execute("SELECT current_setting('hybridkex.ours', true)").fetchone() != ("yes",):
         raise ConfigError(f"the settings of a session do not reach {where}: {_NO_POOLER}")
 
 

@@ -584,7 +584,7 @@ async def test_settings_and_rights_of_the_role(postgres: PostgresServer) -> None
     from hybridkex.qkd.postgres_store import PostgresKeyStore, check_store
 
     schema = f"test_{next(SCHEMAS)}"
-    url = Secret(postgres.url(schema).encode())
+    url = Secret(f"{postgres.url(schema)}&client_encoding=SQL_ASCII".encode())
 
     def refused(match: str) -> None:
         with pytest.raises(ConfigError, match=match):
@@ -745,7 +745,7 @@ async def test_a_pooler_that_drops_the_settings_is_refused(postgres: PostgresSer
     with psycopg.connect(conninfo) as connection:
         check_session(connection, where)
     with (
-        psycopg.connect(conninfo, options="") as connection,
+        psycopg.connect(conninfo, options="-c statement_timeout=5000") as connection,
         pytest.raises(ConfigError, match="not through a pooler"),
     ):
         check_session(connection, where)

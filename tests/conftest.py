@@ -114,9 +114,9 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """Half as many processes again as there are cores: many tests wait for other processes."""
-    cores = len(os.sched_getaffinity(0))
-    return cores + (cores + 1) // 2
+    """Twice as many processes as there are cores: many tests wait for time or for other processes,
+    and with fewer, a fifth of the cores' time is idle."""
+    return 2 * len(os.sched_getaffinity(0))
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -3,6 +3,7 @@
 import dataclasses
 import typing
 from collections.abc import Callable
+from functools import cache
 from types import UnionType
 from typing import Any
 
@@ -28,6 +29,7 @@ blobs = st.sampled_from(EDGES).map(lambda size: b"x" * size) | st.binary(max_siz
 texts = st.sampled_from(["", "a", "a" * 255, "a" * 256, "a" * 70000, "bücher", "\0", "\ud800"])
 
 
+@cache
 def values(hint: Any) -> st.SearchStrategy[Any]:
     """Values of a type, those that no message can carry among them."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
@@ -60,6 +62,7 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
     }[hint]
 
 
+@cache
 def build(cls: type) -> st.SearchStrategy[Any]:
     hints = typing.get_type_hints(cls)
     return st.builds(
@@ -67,6 +70,7 @@ def build(cls: type) -> st.SearchStrategy[Any]:
     )
 
 
+@cache
 def any_extensions() -> st.SearchStrategy[Extensions]:
     unknown = st.builds(
         ext.UnknownExtension, integers.filter(lambda type_: type_ not in ext.KNOWN_TYPES), blobs

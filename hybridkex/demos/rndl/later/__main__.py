@@ -26,9 +26,10 @@ def _attack_folder(folder: Path) -> int:
         print(json_line({"folder": folder.name, **line}), flush=True)
 
     try:
+        stolen = Knowledge.from_folder(folder)
         for case in sorted({capture.parent for capture in folder.glob("*/*.pcapng")}):
             # Each case is attacked without knowledge of any other case.
-            knowledge = Knowledge.from_folder(folder)
+            knowledge = stolen.copy()
             connections: list[Connection] = []
             for capture in sorted(case.glob("*.pcapng")):
                 found, others = read_capture(capture)

@@ -16,7 +16,7 @@ import sqlite3
 from base64 import b64decode
 from collections.abc import Iterator
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
@@ -93,6 +93,10 @@ class Knowledge:
         except (OSError, ValueError, KeyError, sqlite3.Error) as error:
             raise RecordingError(f"cannot use what was stolen: {error}") from error
         return known
+
+    def copy(self) -> "Knowledge":
+        """Return the same knowledge, which may grow by itself."""
+        return Knowledge(**{one.name: getattr(self, one.name).copy() for one in fields(self)})
 
     def solve(self, offer: bytes, answer: bytes) -> Known | None:
         """The shared secret of a key exchange, if one of its private keys is known.

@@ -1,11 +1,14 @@
 """A disk that fails while a group of files is stored: nothing is called there that may be lost."""
 
 import errno
+import fcntl
 import hashlib
 import os
 import random
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from apps_glue import begin, look, proved
@@ -13,8 +16,19 @@ from apps_glue import begin, look, proved
 from hybridkex.apps.transfer import Folder, arrivals
 from hybridkex.apps.transfer.arrivals import Arrivals
 from hybridkex.apps.transfer.errors import NotStored
-from hybridkex.apps.transfer.messages import WHOLE, Nanoseconds, Offer, Whole
+from hybridkex.apps.transfer.folder import UnsettledNames
+from hybridkex.apps.transfer.messages import (
+    WHOLE,
+    End,
+    Nanoseconds,
+    Offer,
+    Start,
+    Whole,
+    offers,
+)
 from hybridkex.apps.transfer.names import PARTIAL, WORK
+from hybridkex.apps.transfer.progress import Progress
+from hybridkex.apps.transfer.reception import Reception
 
 SMALL, LARGE = 3, WHOLE + 1
 
@@ -216,3 +230,186 @@ def test_the_content_to_resume_is_read_from_the_disk(
     monkeypatch.setattr(os, "posix_fadvise", lambda file, *rest: calls.append(rest))
     assert proved(folder, offer, content(offer)) is not None
     assert calls == [(0, 0, os.POSIX_FADV_DONTNEED)]
+
+
+class Flushed(Disk):
+    """Notes what is flushed, below the receiving folder."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__()
+        self.root = root
+        self.what: list[str] = []
+
+    def fsync(self, file: int) -> None:
+        super().fsync(file)
+        self.what.append(os.path.relpath(os.readlink(f"/proc/self/fd/{file}"), self.root))
+
+
+@pytest.fixture
+def flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Flushed:
+    made = Flushed(tmp_path / "in")
+    monkeypatch.setattr(os, "fsync", made.fsync)
+    monkeypatch.setattr(arrivals, "has_flush_all", lambda file: False)
+    return made
+
+
+def folder_offer(*path: str) -> Offer:
+    return Offer(0, path, True, 0, Nanoseconds(0), 0o755)
+
+
+def make(folder: Folder, group: Arrivals, *path: str) -> bool:
+    with folder.open() as handles:
+        made = folder.make(folder_offer(*path), handles, group)
+    if made:
+        group.add_folder(folder_offer(*path))
+    return made
+
+
+@pytest.mark.parametrize("broken", [True, False], ids=["broken connection", "failed group"])
+def test_a_folder_counts_as_there_once_its_name_is_on_disk(
+    tmp_path: Path, flushed: Flushed, broken: bool
+) -> None:
+    folder = Folder(tmp_path / "in")
+    first, second = Arrivals(folder), Arrivals(folder)
+    assert make(folder, first, "d")
+    if broken:
+        first.close()
+    else:
+        flushed.fails = lambda what: what == "names"
+        assert errors(first) != [None]
+        flushed.fails = lambda what: False
+    offer = offered(1, SMALL)._replace(path=("d", "file"))
+    add(folder, second, offer)
+    flushed.what.clear()
+    assert errors(second) == [None]
+    assert {".", "d"} <= set(flushed.what), "the file is lost without the name of its folder"
+    assert make(folder, second, "d")
+    assert errors(second) == [None]
+    assert not make(folder, second, "d")
+    folder.close()
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_names_that_a_killed_receiver_has_given_are_flushed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(
+        "hybridkex.apps.transfer.folder.flush_all",
+        lambda file: calls.append(os.readlink(f"/proc/self/fd/{file}")),
+    )
+    partial = tmp_path / "in" / PARTIAL
+    if there:
+        partial.mkdir(0o700, parents=True)
+    Folder(tmp_path / "in").close()
+    assert calls == [str(partial)] * there
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_fat_holds_the_size_of_a_file_in_its_name(
+    tmp_path: Path, flushed: Flushed, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    """There a file must be flushed after it is renamed, or it is empty after a loss of power."""
+    folder = Folder(tmp_path / "in", overwrite=overwrite)
+    monkeypatch.setattr("hybridkex.apps.transfer.durable._kind", lambda file: 0x4D44)
+    offers = [*(offered(n, SMALL) for n in range(9)), offered(9, LARGE)]
+    stored(folder, Arrivals(folder), offers)
+    names = [offer.path[0] for offer in offers]
+    assert flushed.what[-len(names) - 1 :] == [*names, "."]
+    folder.close()
+
+
+def test_what_faults_have_left_is_removed(tmp_path: Path) -> None:
+    partial = tmp_path / "in" / PARTIAL
+    partial.mkdir(0o700, parents=True)
+    for name, data in {"empty": b"", "stored": b"1", "incomplete": b"2", "locked": b""}.items():
+        (partial / name).write_bytes(data)
+    (tmp_path / "in" / "name").hardlink_to(partial / "stored")
+    with (partial / "locked").open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        folder = Folder(tmp_path / "in")
+        assert sorted(one.name for one in partial.iterdir()) == ["incomplete", "locked"]
+    folder.close()
+    assert [one.name for one in partial.iterdir()] == ["incomplete"]
+
+
+@pytest.mark.parametrize("count", [1, 9])
+@pytest.mark.parametrize("size", [SMALL, LARGE])
+@pytest.mark.parametrize("call", ["close", "unlink"])
+def test_an_error_after_which_a_file_is_there(
+    folder: Folder, disk: Disk, monkeypatch: pytest.MonkeyPatch, call: str, size: int, count: int
+) -> None:
+    """Of close(2), on network shares and FUSE, and of removing the other name."""
+    real_close, real_unlink, group = os.close, os.unlink, Arrivals(folder)
+
+    def close(file: int) -> None:
+        is_file = stat.S_ISREG(os.fstat(file).st_mode)
+        real_close(file)
+        if is_file and call == "close":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def unlink(path: str, **more: int) -> None:
+        if call == "unlink":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real_unlink(path, **more)
+
+    offers = [offered(n, size) for n in range(count)]
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "close", close)
+        patched.setattr(os, "unlink", unlink)
+        stored(folder, group, offers)
+    for offer in offers:
+        assert look(folder, offer).unchanged
+
+
+def test_a_file_that_appears_while_a_name_is_given_is_not_removed(
+    tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has been replaced: with its successor both would be lost."""
+    folder, offer = Folder(tmp_path / "in", overwrite=True), offered(1, SMALL)
+    there = tmp_path / "in" / offer.path[0]
+    give = UnsettledNames.give
+
+    def late(names: UnsettledNames, *rest: Any) -> bool:
+        there.write_bytes(b"of another group")
+        return give(names, *rest)
+
+    monkeypatch.setattr(UnsettledNames, "give", late)
+    group = Arrivals(folder)
+    add(folder, group, offer)
+    disk.fails = lambda what: what == "names"
+    assert errors(group) != [None]
+    assert there.read_bytes() == content(offer)
+
+
+def test_small_files_are_flushed_as_was_decided_when_they_were_written(
+    tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """statfs(2) may fail meanwhile."""
+    folder, flushes = Folder(tmp_path / "in"), []
+    monkeypatch.setattr(arrivals, "flush_all", flushes.append)
+    group = Arrivals(folder)
+    for n in range(12):
+        add(folder, group, offered(n, SMALL))
+    monkeypatch.setattr(arrivals, "has_flush_all", lambda file: False)
+    assert errors(group) == [None] * 12
+    assert flushes
+
+
+def test_memory_that_ends_while_a_file_is_completed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lock ends with the connection."""
+    folder, offer = Folder(tmp_path / "in"), offered(0, LARGE)
+    reception, data = Reception(folder, Progress()), content(offer)
+    reception.process(offers([offer]))
+
+    def no_memory(file: int, date: int) -> str:
+        raise MemoryError
+
+    monkeypatch.setattr("hybridkex.apps.transfer.part.set_date", no_memory)
+    digest = hashlib.sha256(data).hexdigest()
+    with pytest.raises(MemoryError):
+        reception.process([Start(n=0), memoryview(data), End(n=0, sha256=digest)])
+    reception.close()
+    begin(folder, offer, proved(folder, offer, data)).close()

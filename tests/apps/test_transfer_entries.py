@@ -1027,8 +1027,14 @@ def with_a_second_name(planted: Path) -> None:
 
 @pytest.mark.parametrize("change", [of_another_user, with_a_second_name])
 async def test_an_incomplete_file_that_others_reach(
-    tmp_path: Path, configs: Configs, change: Callable[[Path], None]
+    tmp_path: Path,
+    configs: Configs,
+    change: Callable[[Path], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(
+        Folder, "_remove_abandoned", lambda folder: None
+    )  # it comes after the start
     source, target = tmp_path / "file", tmp_path / "target"
     source.write_bytes(b"s" * (WHOLE + 1))
     planted = plant(target_of(target), "file")

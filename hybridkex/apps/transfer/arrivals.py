@@ -17,13 +17,13 @@ from hashlib import sha256
 from typing import Final, NamedTuple
 from unicodedata import normalize
 
-from hybridkex.apps.transfer.durable import flush, flush_all, has_flush_all
+from hybridkex.apps.transfer.durable import flush, flush_all, has_flush_all, is_fat
 from hybridkex.apps.transfer.errors import NotStored
 from hybridkex.apps.transfer.folder import Folder, errors_of, not_stored, taken
 from hybridkex.apps.transfer.handles import FolderGone, Handles
 from hybridkex.apps.transfer.messages import How, Offer, Whole
 from hybridkex.apps.transfer.names import PARTIAL, WORK, shown
-from hybridkex.apps.transfer.part import OPEN_FILE, Ready, limit_mode, set_date
+from hybridkex.apps.transfer.part import OPEN_FILE, Ready, close_file, limit_mode, set_date
 
 _FEW: Final = 8
 """Files, or folders, that are flushed one by one: a flush of the whole file system waits for what
@@ -131,7 +131,7 @@ class Arrivals:
             try:
                 self._fill(file, name, mode, offer, whole.content)
             except BaseException:
-                os.close(file)
+                close_file(file)
                 with contextlib.suppress(OSError):
                     os.unlink(name, dir_fd=self._work)
                 raise
@@ -179,7 +179,7 @@ class Arrivals:
         durable = [Settled(offer) for offer in made]
         try:
             with self._folder.open() as handles:
-                group_error = self._flush_files(ready)
+                group_error = self._flush_files(ready, handles)
                 named = []
                 for one in handles.each(ready):
                     try:
@@ -192,10 +192,11 @@ class Arrivals:
                     except NotStored as error:
                         settled.append(Settled(one.offer, error=error))
                 touched.update(dict.fromkeys(handles.made))
+                self._add_above(touched)
                 try:
-                    self._flush_names(ready, list(touched), handles)
+                    self._flush_names(ready, named, list(touched), handles)
                     handles.check_root()
-                    self._folder.names.settle(self, (one.offer.path for one in named))
+                    self._folder.names.settle(self, (one.offer.path for one in durable))
                 except (OSError, FolderGone) as error:
                     if isinstance(error, OSError):
                         self._take_back(named, handles)
@@ -207,13 +208,14 @@ class Arrivals:
             self._remove_work()
         return settled + durable
 
-    def _flush_files(self, ready: list[Ready]) -> OSError | None:
+    def _flush_files(self, ready: list[Ready], handles: Handles) -> OSError | None:
         """Flush the data of many files at once. Returns the error of the disk, which may be that of
         another program's file."""
-        if len(ready) <= _FEW or not has_flush_all(self._oldest(ready)):
+        disk = self._disk(ready, handles) if len(ready) > _FEW else None
+        if disk is None:
             return None
         try:
-            flush_all(self._oldest(ready))
+            flush_all(disk)
         except OSError as error:
             return error
         for one in ready:
@@ -221,19 +223,45 @@ class Arrivals:
                 one.close()
         return None
 
-    def _oldest(self, ready: list[Ready]) -> int:
-        """A descriptor that was opened before the small files were written: a flush reports the
-        errors since its descriptor was opened, and older ones only if nobody has seen them."""
-        return self._work if self._work >= 0 else ready[0].file
+    def _disk(self, ready: list[Ready], handles: Handles) -> int | None:
+        """A descriptor with which to flush the whole file system; ``None`` if files are flushed one
+        by one.
+
+        It was opened before the small files were written: a flush reports the errors since its
+        descriptor was opened, and older ones only if nobody has seen them.
+        """
+        if self._work >= 0:  # as it was decided when they were written
+            return self._work if self._flush_all else None
+        disk = ready[0].file if ready else handles.get(())
+        return disk if has_flush_all(disk) else None
+
+    def _add_above(self, touched: dict[tuple[str, ...], None]) -> None:
+        """Add the places of folders above that may not be on disk, such as those of a connection
+        that broke."""
+        for path in list(touched):
+            for depth in range(len(path)):
+                if path[: depth + 1] in self._folder.names:
+                    touched[path[:depth]] = None
 
     def _flush_names(
-        self, ready: list[Ready], folders: list[tuple[str, ...]], handles: Handles
+        self,
+        ready: list[Ready],
+        named: list[Ready],
+        folders: list[tuple[str, ...]],
+        handles: Handles,
     ) -> None:
-        if len(folders) > _FEW:
-            disk = self._oldest(ready) if ready else handles.get(())
-            if has_flush_all(disk):
-                flush_all(disk)
-                return
+        disk = self._disk(ready, handles) if len(folders) > _FEW else None
+        if disk is not None:
+            flush_all(disk)
+            return
+        if named and is_fat(handles.get(())):
+            for one in handles.each(named):
+                *parent, name = one.offer.path
+                file = os.open(name, os.O_RDONLY | OPEN_FILE, dir_fd=handles.get(tuple(parent)))
+                try:
+                    flush(file)
+                finally:
+                    close_file(file)
         for path in handles.each(folders):
             flush(handles.get(path))
 
@@ -246,17 +274,15 @@ class Arrivals:
         source = _check_in_place(ready, handles)
         target = handles.get(path[:-1], make=True)
         names = self._folder.names
-        replace = partial(os.rename, name, path[-1], src_dir_fd=source, dst_dir_fd=target)
+        replace = partial(_replace, ready, source, target)
         if self._folder.overwrite:
             _refuse_alias(path, target)
-            ready.replaces = _inode(path[-1], target) is not None
             names.give(self, path, replace)
         elif not names.give(self, path, partial(_rename_new, name, source, path, target)):
             if not _have_same_content((name, source), (path[-1], target)):
                 raise NotStored(taken(path))
             _refuse_alias(path, target)
             if path in names:  # another group may still remove its file, but not ours
-                ready.replaces = True
                 names.give(self, path, replace)
             else:
                 os.unlink(name, dir_fd=source)
@@ -371,6 +397,13 @@ def _inode(name: str, folder: int) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
+def _replace(ready: Ready, source: int, target: int) -> None:
+    """Rename, and note whether a file has been replaced. Raises ``OSError``."""
+    name = ready.offer.path[-1]
+    ready.replaces = _inode(name, target) is not None
+    os.rename(ready.where[-1], name, src_dir_fd=source, dst_dir_fd=target)
+
+
 def _rename_new(name: str, source: int, path: tuple[str, ...], target: int) -> bool:
     """Rename without replacing a file: link(2) refuses an existing name atomically.
 
@@ -390,7 +423,8 @@ def _rename_new(name: str, source: int, path: tuple[str, ...], target: int) -> b
             os.rename(name, path[-1], src_dir_fd=source, dst_dir_fd=target)
             return True
         return False
-    os.unlink(name, dir_fd=source)
+    with contextlib.suppress(OSError):  # the file has its name all the same
+        os.unlink(name, dir_fd=source)
     return True
 
 

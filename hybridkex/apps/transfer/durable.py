@@ -29,6 +29,7 @@ _KINDS: Final = frozenset(
     }
 )
 """``f_type`` of statfs(2) of the file systems whose syncfs can be relied on."""
+_FAT: Final = 0x4D44
 _REPORTS_ERRORS: Final = (5, 8)
 _START: Final = 2
 """SYNC_FILE_RANGE_WRITE of sync_file_range(2)."""
@@ -59,10 +60,17 @@ def flush_all(file: int) -> None:
         OSError: the disk failed, for this or for another file.
     """
     syncfs = _syncfs()
-    assert syncfs is not None
-    if syncfs(file):
+    if syncfs is None:
+        os.sync()
+    elif syncfs(file):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
+
+
+def is_fat(file: int) -> bool:
+    """Whether names hold the size and the place of their files, as on FAT: there a file that has
+    been renamed must be flushed once more, or a loss of power leaves it empty."""
+    return _kind(file) == _FAT
 
 
 def start_flush(file: int, offset: int, length: int) -> None:

@@ -22,9 +22,10 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from hybridkex.apps.transfer.durable import drop_cached, flush
+from hybridkex.apps.transfer.durable import drop_cached, flush, flush_all
 from hybridkex.apps.transfer.errors import NotStored, why
 from hybridkex.apps.transfer.handles import FolderGone, Handles, open_folder
 from hybridkex.apps.transfer.messages import WHOLE, Offer
@@ -89,10 +90,10 @@ def taken(path: tuple[str, ...]) -> str:
 
 
 class UnsettledNames:
-    """Names that were given to files and may not be on disk yet, of all connections.
+    """Names of files and folders that may not be on disk yet, of all connections.
 
-    A file with such a name does not count as there: its group may still fail, and remove it.
-    Afterwards the name stays here until another group has stored a file under it.
+    What has such a name does not count as there: its group may still fail, and remove a file.
+    Afterwards the name stays here until another group has stored something under it.
     """
 
     def __init__(self) -> None:
@@ -121,6 +122,14 @@ class UnsettledNames:
                     del self._groups[path]
         return given
 
+    def take_over(self, group: object, path: tuple[str, ...]) -> bool:
+        """Have a name settled by this group, too. Returns False if it is on disk."""
+        with self.lock:
+            if path not in self._groups:
+                return False
+            self._groups[path] = group
+            return True
+
     def settle(self, group: object, paths: Iterable[tuple[str, ...]]) -> None:
         """These names are on disk, as far as they are still those of the group."""
         with self.lock:
@@ -144,7 +153,9 @@ class Folder:
             os.makedirs(path, exist_ok=True)
             with self.open() as handles, contextlib.suppress(FileNotFoundError):
                 handles.get(())
-                handles.get((PARTIAL,))
+                # A receiver that was killed has not removed it, and may have given names that are
+                # not on disk.
+                flush_all(handles.get((PARTIAL,)))
         except (OSError, FolderGone) as error:
             reason = error if isinstance(error, OSError) else FileNotFoundError(errno.ENOENT, "")
             raise ConfigError(why(reason, f"use the folder {os.fspath(path)}")) from None
@@ -165,13 +176,14 @@ class Folder:
             os.rmdir(os.path.join(self._path, PARTIAL))
 
     def _remove_abandoned(self) -> None:
-        """Remove the small files that a killed receiver, or a fault, has left without a name."""
+        """Remove what a killed receiver, or a fault, has left: small files without a name, empty
+        incomplete files, and second names of files that are stored."""
         with contextlib.suppress(OSError, FolderGone), self.open() as handles:
-            partial = handles.get((PARTIAL,))
-            for name in os.listdir(partial):
-                if name.startswith(WORK):
-                    with contextlib.suppress(OSError):
-                        _remove_unlocked(name, partial)
+            parent = handles.get((PARTIAL,))
+            for name in os.listdir(parent):
+                remove = _remove_unlocked if name.startswith(WORK) else _remove_needless
+                with contextlib.suppress(OSError):
+                    remove(name, parent)
 
     def look(self, offer: Offer, handles: Handles) -> Present:
         """Report which part of a file is present.
@@ -253,8 +265,9 @@ class Folder:
             raise NotStored(taken(offer.path))
         return None
 
-    def make(self, offer: Offer, handles: Handles) -> bool:
-        """Create a folder. False: it existed, and is unchanged.
+    def make(self, offer: Offer, handles: Handles, group: object) -> bool:
+        """Create a folder, for a group. False: it existed, and is unchanged. One that may not be on
+        disk counts as new.
 
         Raises as :meth:`look`.
         """
@@ -262,11 +275,13 @@ class Folder:
         check_path(path)
         with errors_of(path):
             parent = handles.get(path[:-1], make=True)
+            mode = offer.mode & 0o777 | stat.S_IRWXU
             try:
-                os.mkdir(path[-1], offer.mode & 0o777 | stat.S_IRWXU, dir_fd=parent)
+                self.names.give(group, path, partial(os.mkdir, path[-1], mode, dir_fd=parent))
             except FileExistsError:
                 handles.get(path)
-                return False
+                if not self.names.take_over(group, path):
+                    return False
             # A flush of the whole file system (Arrivals.settle) does not reach one mounted below.
             if os.fstat(parent).st_dev != os.fstat(handles.get(())).st_dev:
                 flush(parent)
@@ -294,6 +309,18 @@ def _status(path: tuple[str, ...], handles: Handles) -> os.stat_result | None:
         return os.stat(path[-1], dir_fd=handles.get(path[:-1]), follow_symlinks=False)
     except FileNotFoundError:
         return None
+
+
+def _remove_needless(name: str, parent: int) -> None:
+    """Remove an incomplete file that is empty, or has its name already. Raises ``OSError``."""
+    file = os.open(name, os.O_RDONLY | OPEN_FILE, dir_fd=parent)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        status = os.fstat(file)
+        if stat.S_ISREG(status.st_mode) and (not status.st_size or status.st_nlink > 1):
+            os.unlink(name, dir_fd=parent)
+    finally:
+        os.close(file)
 
 
 def _remove_unlocked(name: str, parent: int) -> None:

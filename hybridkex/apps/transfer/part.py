@@ -65,8 +65,15 @@ class Ready:
     def close(self) -> None:
         """Close it."""
         if self.file >= 0:
-            os.close(self.file)
+            close_file(self.file)
             self.file = -1
+
+
+def close_file(file: int) -> None:
+    """Close a file. An error of that (FUSE, network shares) is one of writing: a flush tells it, or
+    nobody relies on the file."""
+    with contextlib.suppress(OSError):
+        os.close(file)
 
 
 def hash_prefix(file: int, length: int) -> "_Hash":
@@ -154,7 +161,7 @@ def open_part(parent: int, offer: Offer, prefix: Prefix | None) -> "PartFile":
         _lock(file, name, parent, offer)
         _prepare(file, parent, offer, prefix)
     except BaseException:
-        os.close(file)
+        close_file(file)
         raise
     if prefix is None:
         return PartFile(offer, file, hashlib.sha256(), 0)
@@ -256,5 +263,5 @@ class PartFile:
     def close(self) -> None:
         """Close it incomplete; it is kept for the next attempt."""
         if self._file >= 0:
-            os.close(self._file)
+            close_file(self._file)
             self._file = -1

@@ -236,7 +236,7 @@ class Reception:
 
     def _look(self, offer: wire.Offer, handles: "Handles") -> None:
         if offer.folder:
-            if self._folder.make(offer, handles):
+            if self._folder.make(offer, handles, self._arrivals):
                 self._arrivals.add_folder(offer)
             else:
                 self._store(offer.n, wire.How.SAME)
@@ -349,17 +349,13 @@ class Reception:
         if current is None or current.n != end.n:
             raise wire.ProtocolError("the end of a file that was not begun")
         self._write(current)
+        if (part := current.part) is not None:
+            try:
+                self._arrivals.add(part.complete(end.sha256, self._folder.umask))
+                self._large.add(end.n)
+            except NotStored as error:
+                self._give_up(current, part, error)
         self._current = None
-        part = current.part
-        if part is None:
-            return
-        try:
-            ready = part.complete(end.sha256, self._folder.umask)
-        except NotStored as error:
-            self._give_up(current, part, error)
-            return
-        self._arrivals.add(ready)
-        self._large.add(end.n)
         if self._arrivals.is_full:  # of open files, of which there are few
             self._arrivals.add_touched(handles.made)
             self._settle()

@@ -28,7 +28,9 @@ from hybridkex.auth import DevCa
 from hybridkex.cli import main
 from hybridkex.cli.actions import qkd_data
 from hybridkex.errors import BlockAborted, ConfigError, LinkError
-from hybridkex.link.ledger import LANE_RESERVE, Ledger
+from hybridkex.link.authentication import Signatures
+from hybridkex.link.greeting import CLASSICAL, NUMBER, greet
+from hybridkex.link.ledger import LANE_RESERVE, Direction, Ledger
 from hybridkex.link.measured import (
     Measured,
     alice_of,
@@ -44,6 +46,7 @@ from hybridkex.link.quantum import sample
 from hybridkex.link.randomness import Randomness
 from hybridkex.link.settings import MOST_DETECTIONS, LinkSettings
 from hybridkex.link.simulated import stream_pair
+from hybridkex.link.wire import SessionEnded
 from hybridkex.secret import Secret
 from interop.ports import free_port
 
@@ -300,6 +303,31 @@ def test_two_ends_distil_over_tcp_whoever_else_connects(tmp_path: Path, listens:
     assert outs["alice"]["to_ledger"] == 0  # no further block will need a tag
     assert outs["alice"]["epsilon"]["conditional"]
     assert (tmp_path / "alice.keys").read_text() == (tmp_path / "bob.keys").read_text()
+
+
+async def test_who_waits_says_that_the_other_end_was_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where it has another certificate than the one that was given here."""
+    _write_credentials(tmp_path)
+    own, wrong = tmp_path / "alice.key", tmp_path / "alice.pem"
+    bob = Signatures.from_files(tmp_path / "bob.key", wrong)
+    desk = qkd_data._Desk(Signatures.from_files(own, wrong), Direction.BOB_TO_ALICE)
+    monkeypatch.setattr(qkd_data, "WAIT", 0.1)
+    near, far = stream_pair()
+
+    async def connect() -> None:
+        with pytest.raises(SessionEnded, match="does not accept our signature"):
+            await greet(far, bob, CLASSICAL, bytes(NUMBER), sends=Direction.BOB_TO_ALICE)
+
+    async with near, far, trio.open_nursery() as nursery:
+        nursery.start_soon(connect)
+        with pytest.raises(LinkError):
+            await desk.receive(near, None)  # type: ignore[arg-type]
+    with pytest.raises(
+        LinkError, match=r"within 0 seconds; a connection was refused: .*alice\.pem"
+    ):
+        await desk.other_end()
 
 
 def _reach(port: int) -> socket.socket:

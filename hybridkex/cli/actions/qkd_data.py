@@ -196,10 +196,15 @@ class _Desk:
         self._signatures = signatures
         self._receives = receives
         self._one = Budget(1)
+        self._refused = ""
         self._put, self._take = trio.open_memory_channel[trio.SocketStream](1)
 
     async def receive(self, stream: trio.SocketStream, connection: Connection) -> None:
-        await greeted(stream, self._signatures, receives=self._receives)
+        try:
+            await greeted(stream, self._signatures, receives=self._receives)
+        except LinkError as error:
+            self._refused = f"; a connection was refused: {error}"
+            raise
         connection.admit(self._one)
         self._put.send_nowait(stream)
         await trio.sleep_forever()  # until the block is made
@@ -210,7 +215,9 @@ class _Desk:
             with trio.fail_after(WAIT):
                 return await self._take.receive()
         except trio.TooSlowError:
-            raise LinkError(f"the other end did not connect within {WAIT:.0f} seconds") from None
+            raise LinkError(
+                f"the other end did not connect within {WAIT:.0f} seconds{self._refused}"
+            ) from None
 
 
 async def _connected(

@@ -27,6 +27,8 @@ def _use(service: Service, seconds: float) -> None:
     while time.monotonic() < until:
         with contextlib.suppress(Exception):
             service.ask()
+        for process in service.processes:
+            process.lines_allowed += service.lines_each
         time.sleep(0.05)
 
 

@@ -183,6 +183,7 @@ class Receive(Service):
     """``receive``, used by ``send``."""
 
     name = "receive"
+    lines_each = 6  # what a session that was authenticated rests on, and what became of the file
 
     def prepare(self) -> None:
         self.port = free_port()

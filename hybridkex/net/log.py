@@ -8,7 +8,7 @@ from hybridkex.net.token_bucket import TokenBucket
 RATE: Final = 1.0
 BURST: Final = 20
 
-SERVED_RATE: Final = 10.0
+SERVED_RATE: Final = 5.0
 SERVED_BURST: Final = 200
 """For peers that are served although nobody knows who they are: the lines of ordinary use."""
 

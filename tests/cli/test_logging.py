@@ -179,8 +179,8 @@ async def test_no_secret_in_the_log_of_everything(
     keys it failed each time. The test waits for both KMEs now, and a KME repeats such a request
     (``LATE_WAITS``); with the same delay it passes.
 
-    It is not a chance match: about 80 secrets are looked for in 25,000 characters, in four forms, of
-    which the shortest stands for 15 random bytes. That happens less than once in 10^28 runs.
+    It is not a chance match: about 80 secrets are looked for in 25,000 characters, in four forms;
+    the shortest stands for 15 random bytes. That happens less than once in 10^28 runs.
     """
     secrets: set[bytes] = set()
     make = Secret.__init__

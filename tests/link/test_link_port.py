@@ -685,6 +685,7 @@ async def test_both_operators_read_which_credential_does_not_fit(
 
 
 async def test_alice_says_that_she_waits(
+    autojump_clock: trio.testing.MockClock,
     signatures: dict[str, Signatures],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,

@@ -275,3 +275,17 @@ async def test_renewed_certificates_begin_the_next_session(tmp_path: Path) -> No
             await trio_until(lambda: made(again))
             for server in (a, again):
                 server.close()
+
+
+@pytest.mark.parametrize("check", [["--check"], []])
+def test_a_bootstrap_that_is_not_held_is_refused_at_the_start(
+    check: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = two_files(tmp_path)["kme-a"]
+    good = path.read_text()
+    for asked in ("psk", "ml-dsa", "nonsense"):
+        path.write_text(good.replace("tuned", f'bootstrap = "{asked}"\ntuned'))
+        assert main(["kme", "serve", str(path), *check]) == 1
+        said = capsys.readouterr().err
+        assert f'bootstrap = "{asked}", but' in said
+        assert 'write bootstrap = "ecdsa"' in said

@@ -1,5 +1,6 @@
 """KMEs as running servers: sockets, TLS, producers, metrics, orderly shutdown."""
 
+import logging
 import math
 import os
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -391,6 +392,13 @@ class KmeServer:
             if caller is None:
                 # Clause 5.1: without an SAE ID from the certificate, no connection.
                 rejected.labels(kme_id, "no ID").inc()
+                kme.log.log(
+                    logging.WARNING,
+                    "%s: a certificate of our authority has no ID by id_rule (%s), or one with "
+                    "invisible characters: its connection was closed",
+                    kme_id,
+                    config.id_rule.value,
+                )
                 await trio.aclose_forcefully(secure)
                 return
             of_a_peer = caller in kme.settings.peers

@@ -326,7 +326,9 @@ async def test_ids_are_url_encoded(site: Site, serve: Any) -> None:
 
 
 @pytest.mark.parametrize("rule", IdRule)
-async def test_rules_for_ids(site: Site, serve: Any, rule: IdRule) -> None:
+async def test_rules_for_ids(
+    site: Site, serve: Any, rule: IdRule, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = site.holder("alice", uris=("urn:sae:alice",))
     certificate = ssl._ssl._test_decode_cert(str(folder / "cert.pem"))  # type: ignore[attr-defined]
     sae = {
@@ -345,6 +347,7 @@ async def test_rules_for_ids(site: Site, serve: Any, rule: IdRule) -> None:
             async with as_sae(site, "bob", where.kmes["kme-a"]) as bob:
                 with pytest.raises(httpx.TransportError):
                     await bob.get("/alice/status")
+            assert "has no ID by id_rule (san-uri)" in caplog.text
 
 
 async def test_not_found_status_and_self_pairs(site: Site, serve: Any) -> None:

@@ -388,7 +388,7 @@ class KeyManagementEntity:
             try:
                 await self._audit.note(fields)
             except KeySourceUnavailable:
-                self._note_lost(link, len(key_ids), "unrecorded", key_ids)
+                self._note_lost(link, "unrecorded", key_ids)
                 raise
 
     def _note_shortage(self, link: _Link, needed: int, found: int) -> None:
@@ -525,12 +525,12 @@ class KeyManagementEntity:
             return []
         gone = await self._store.discard(link.target, key_ids)
         if gone:
-            self._note_lost(link, len(gone), reason, gone)
+            self._note_lost(link, reason, gone)
             link.note_gone(len(gone))
         return gone
 
-    def _note_lost(self, link: _Link, number: int, reason: str, key_ids: Sequence[str]) -> None:
-        self._metrics.lost.labels(self.kme_id, link.target, reason).inc(number)
+    def _note_lost(self, link: _Link, reason: str, key_ids: Sequence[str]) -> None:
+        self._metrics.lost.labels(self.kme_id, link.target, reason).inc(len(key_ids))
         LOG.info(
             "%s: erased keys of the link to %s, %s: %s",
             self.kme_id,
@@ -543,7 +543,7 @@ class KeyManagementEntity:
             logging.WARNING,
             "%s: %d keys of the link to %s are lost and erased: %s",
             self.kme_id,
-            number,
+            len(key_ids),
             link.target,
             LOST[reason],
         )
@@ -660,8 +660,8 @@ class KeyManagementEntity:
             self._note_excess(link, "voids", len(ignored))
         erased = await self._store.void(peer, [one for one in key_ids if one not in ignored])
         if erased:
-            self._note_lost(link, erased, "voided", key_ids)
-            link.note_gone(erased)
+            self._note_lost(link, "voided", sorted(erased))
+            link.note_gone(len(erased))
 
     async def peer_checks(self, peer: str, key_ids: Sequence[str]) -> list[str]:
         """Which of these blocks we lack (check message)."""

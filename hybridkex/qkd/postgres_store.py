@@ -714,12 +714,13 @@ class PostgresKeyStore(KeyStore):
 
     # -- the end of keys
 
-    def _void_grants(self, db: _Cursor, link: str, key_ids: Sequence[str]) -> int:
-        return db.execute(
+    def _void_grants(self, db: _Cursor, link: str, key_ids: Sequence[str]) -> set[str]:
+        rows = db.execute(
             "UPDATE grants SET sealed = NULL, ended = 'void'"
-            " WHERE link = %s AND key_id = ANY(%s) AND ended IS NULL",
+            " WHERE link = %s AND key_id = ANY(%s) AND ended IS NULL RETURNING key_id",
             (link, list(key_ids)),
-        ).rowcount
+        )
+        return {key_id for (key_id,) in rows}
 
     async def expire(self, *, keys_before: float, tombstones_before: float) -> int:
         erased = await super().expire(keys_before=keys_before, tombstones_before=tombstones_before)

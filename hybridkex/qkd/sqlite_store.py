@@ -698,12 +698,13 @@ class SqliteKeyStore(KeyStore):
 
     # -- the end of keys
 
-    def _void_grants(self, db: _Db, link: str, key_ids: Sequence[str]) -> int:
-        return db.execute(
+    def _void_grants(self, db: _Db, link: str, key_ids: Sequence[str]) -> set[str]:
+        rows = db.execute(
             "UPDATE grants SET sealed = NULL, ended = 'void' WHERE link = ?"
-            " AND key_id IN (SELECT value FROM json_each(?)) AND ended IS NULL",
+            " AND key_id IN (SELECT value FROM json_each(?)) AND ended IS NULL RETURNING key_id",
             (link, json.dumps(key_ids)),
-        ).rowcount
+        )
+        return {key_id for (key_id,) in rows.fetchall()}
 
     def _expire_material(self, db: _Db, before: float) -> int:
         rows = db.execute(

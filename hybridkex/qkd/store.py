@@ -376,18 +376,18 @@ class KeyStore(ABC):
         self._spend(db, link, gone)
         return gone
 
-    async def void(self, link: str, key_ids: Iterable[str]) -> int:
-        """Erase keys that the KME at the other end has discarded. Returns the number erased.
+    async def void(self, link: str, key_ids: Iterable[str]) -> set[str]:
+        """Erase keys that the KME at the other end has discarded. Returns the erased IDs.
 
         Erases material, and promises made at the peer's request that no SAE has collected. An
         unknown ID is recorded as spent, since its key may still be in transit.
         """
         ids = list(key_ids)
 
-        def work(db: _Db) -> int:
+        def work(db: _Db) -> set[str]:
             erased = self._take(db, link, ids)
             self._spend(db, link, ids)
-            return len(erased) + self._void_grants(db, link, ids)
+            return erased.keys() | self._void_grants(db, link, ids)
 
         return await self._run(link, work, size=len(ids))
 
@@ -544,8 +544,8 @@ class KeyStore(ABC):
         """For each slave, how its promise of a key has ended; ``None``: not yet."""
 
     @abstractmethod
-    def _void_grants(self, db: _Db, link: str, key_ids: Sequence[str]) -> int:
-        """Erase promises that were not collected. Returns their number."""
+    def _void_grants(self, db: _Db, link: str, key_ids: Sequence[str]) -> set[str]:
+        """Erase promises that were not collected. Returns the IDs of these keys."""
 
     @abstractmethod
     def _expire_material(self, db: _Db, before: float) -> int:

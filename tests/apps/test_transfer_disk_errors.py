@@ -272,6 +272,7 @@ def test_a_folder_counts_as_there_once_its_name_is_on_disk(
     folder = Folder(tmp_path / "in")
     first, second = Arrivals(folder), Arrivals(folder)
     assert make(folder, first, "d")
+    assert (tmp_path / "in" / PARTIAL).is_dir(), "the next receiver knows by it, after a kill"
     if broken:
         first.close()
     else:
@@ -283,8 +284,10 @@ def test_a_folder_counts_as_there_once_its_name_is_on_disk(
     flushed.what.clear()
     assert errors(second) == [None]
     assert {".", "d"} <= set(flushed.what), "the file is lost without the name of its folder"
+    flushed.what.clear()
     assert make(folder, second, "d")
     assert errors(second) == [None]
+    assert {".", "d"} <= set(flushed.what), "and on ext2 the name without what it leads to"
     assert not make(folder, second, "d")
     folder.close()
 

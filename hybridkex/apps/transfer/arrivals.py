@@ -64,7 +64,8 @@ class Arrivals:
         self._ready: list[Ready] = []
         self._made: list[Offer] = []
         self._touched: dict[tuple[str, ...], None] = {}
-        """Folders with new entries."""
+        """Folders that are new, or have new entries: the name of a folder is in another one, and is
+        lost without what the folder itself has (ext2)."""
         self._open = 0
         self._places = 0
         """The open files that count towards the limit of the folder."""
@@ -92,10 +93,10 @@ class Arrivals:
         """Take a new folder."""
         self._begin()
         self._made.append(offer)
-        self._touched[offer.path[:-1]] = None
+        self.add_touched([offer.path[:-1], offer.path])
 
     def add_touched(self, folders: list[tuple[str, ...]]) -> None:
-        """Take the paths of folders that have new entries, to be flushed too."""
+        """Take the paths of folders that are new or have new entries, to be flushed too."""
         self._touched.update(dict.fromkeys(folders))
 
     def add(self, ready: Ready) -> None:
@@ -241,7 +242,7 @@ class Arrivals:
         for path in list(touched):
             for depth in range(len(path)):
                 if path[: depth + 1] in self._folder.names:
-                    touched[path[:depth]] = None
+                    touched[path[:depth]] = touched[path[: depth + 1]] = None
 
     def _flush_names(
         self,

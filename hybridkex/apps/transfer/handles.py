@@ -73,7 +73,7 @@ class Handles:
         self._open: dict[tuple[str, ...], int] = {}
         self._free: int | None = -1
         self.made: list[tuple[str, ...]] = []
-        """Paths of the folders in which another one was made."""
+        """Paths of the folders that were made, and of those that they were made in."""
 
     def __enter__(self) -> "Handles":
         return self
@@ -160,5 +160,6 @@ class Handles:
                 raise
         with contextlib.suppress(FileExistsError):
             os.mkdir(path[-1], stat.S_IRWXU, dir_fd=here)
-        self.made.append(path[:-1])
+        if path[0] != PARTIAL:  # of which nothing must be on disk
+            self.made += path[:-1], path
         return open_folder(path[-1], here)

@@ -165,12 +165,14 @@ class KmeServer:
 
         Raises:
             ConfigError: the configuration cannot be used, or changes what needs a restart; nothing
-                has changed.
+                has changed, except the sealing keys that the message names.
         """
         config, settings, seal_keys, renewals = await in_thread(self._prepared, load, abandon=True)
+        changed: list[str] = []
         for kme_id, keys in seal_keys.items():
             if keys != self._seal_keys[kme_id]:
-                await self._change_keys(kme_id, keys)
+                await self._change_keys(kme_id, keys, changed)
+                changed.append(kme_id)
         # Nothing below can fail.
         for kme_id, fresh in settings.items():
             live, kme = self._settings[kme_id], self._kmes[kme_id]
@@ -186,11 +188,13 @@ class KmeServer:
             renew()
         self._config = config
 
-    async def _change_keys(self, kme_id: str, keys: list[Secret]) -> None:
+    async def _change_keys(self, kme_id: str, keys: list[Secret], changed: list[str]) -> None:
         try:
             await self._stores[kme_id].change_keys(keys[0], keys[1:])
         except (ConfigError, KeySourceUnavailable) as error:
-            raise ConfigError(f"{kme_id}: {error}") from error
+            names = ", ".join(changed)
+            kept = f"; the new key_file of {names} is in use: keep the file" if changed else ""
+            raise ConfigError(f"{kme_id}: {error}{kept}") from error
         self._seal_keys[kme_id] = keys
         if len(keys) > 1:
             self._kmes[kme_id].renew_soon()

@@ -21,6 +21,7 @@ from hybridkex.cli.actions.kme import _reload
 from hybridkex.errors import ConfigError
 from hybridkex.kme.config import ServeConfig, load_config
 from hybridkex.kme.serve import KmeServer
+from hybridkex.qkd.store import write_key_file
 
 
 @pytest.fixture
@@ -111,6 +112,22 @@ async def test_files_that_cannot_be_used_change_nothing(
             assert caplog.messages[-1] == "reloaded"
             await draws()
         server.close()
+
+
+async def test_a_sealing_key_that_was_taken_up_is_named(site: Path) -> None:
+    """The store of the first of two KMEs has its new key for good when that of the second fails."""
+    path = site / "kme.toml"
+    server: Any = KmeServer(load_config(path))
+    for name in ("kme-a", "kme-b"):
+        write_key_file(site / name / "new.key")
+    new = path.read_text().replace('store.key"', 'new.key"')
+    path.write_text(new.replace('a/new.key"', 'a/new.key"\nread_key_files = ["kme-a/store.key"]'))
+    try:
+        with pytest.raises(ConfigError, match=r"kme-b: .*; the new key_file of kme-a is in use"):
+            await server.reload(partial(load_config, path))
+    finally:
+        for store in server._stores.values():
+            store.close()
 
 
 @pytest.mark.parametrize(

@@ -339,6 +339,19 @@ async def test_failover_goes_on_after_every_error(kind: type[KeySourceError]) ->
     assert (b0.gets, b1.gets) == (1, 1)
 
 
+async def test_names_that_a_peer_made_up_do_not_fill_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    _, sources = pairs(2)
+    for one in sources:
+        one.knows = lambda name: True  # type: ignore[method-assign]
+    failover = FailoverSource(sources)
+    for _ in range(50):
+        with pytest.raises(KeyUnknown):
+            await failover.get_key_with_id((KeyPart("a0", "b0", str(uuid.uuid4())),))
+    assert 10 <= len(caplog.messages) < 50  # of two lines each
+
+
 @pytest.mark.parametrize("first", ERRORS)
 @pytest.mark.parametrize("second", ERRORS)
 async def test_failover_reports_the_error_that_leaves_most_hope(

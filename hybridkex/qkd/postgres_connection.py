@@ -36,6 +36,8 @@ __all__ = [
 
 T = TypeVar("T")
 
+OLDEST: Final = 13
+"""The oldest version of PostgreSQL that has what a store needs."""
 WAIT_SECONDS: Final = 3.0
 """For a connection of the pool, and for a new one."""
 STATEMENT_SECONDS: Final = 5.0
@@ -170,11 +172,17 @@ def configure(connection: "psycopg.Connection[Any]") -> None:
 
 
 def check_session(connection: "psycopg.Connection[Any]", where: str) -> None:
-    """Check that the server has our settings.
+    """Check that the server has our settings, and is of a version that has what a store needs.
 
     Raises:
-        ConfigError: a pooler in between has dropped them; it would also mix the sessions.
+        ConfigError: it is not, or a pooler in between has dropped them; it would also mix the
+            sessions.
     """
+    version = connection.info.server_version // 10000
+    if version < OLDEST:
+        raise ConfigError(
+            f"{where} is on PostgreSQL {version}: a key store needs {OLDEST} or later"
+        )
     if connection.execute("SELECT current_setting('hybridkex.ours', true)").fetchone() != ("yes",):
         raise ConfigError(f"the settings of a session do not reach {where}: {_NO_POOLER}")
 

@@ -739,14 +739,21 @@ async def test_a_check_writes_little(postgres: PostgresServer) -> None:
     assert 0 < min(written) < 200_000
 
 
-async def test_a_pooler_that_drops_the_settings_is_refused(postgres: PostgresServer) -> None:
+async def test_an_old_server_and_a_pooler_that_drops_the_settings_are_refused(
+    postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import psycopg
 
+    from hybridkex.qkd import postgres_connection
     from hybridkex.qkd.postgres_connection import check_session, prepared
 
     conninfo, where = prepared(postgres.url("public"))
     with psycopg.connect(conninfo) as connection:
         check_session(connection, where)
+        with monkeypatch.context() as patch:
+            patch.setattr(postgres_connection, "OLDEST", 99)
+            with pytest.raises(ConfigError, match=r"on PostgreSQL \d+: .* needs 99 or later"):
+                check_session(connection, where)
     with (
         psycopg.connect(conninfo, options="-c statement_timeout=5000") as connection,
         pytest.raises(ConfigError, match="not through a pooler"),

@@ -29,6 +29,7 @@ from hybridkex.apps.transfer.messages import (
 from hybridkex.apps.transfer.names import PARTIAL, WORK
 from hybridkex.apps.transfer.progress import Progress
 from hybridkex.apps.transfer.reception import Reception
+from hybridkex.errors import ConfigError
 
 SMALL, LARGE = 3, WHOLE + 1
 
@@ -306,6 +307,16 @@ def test_names_that_a_killed_receiver_has_given_are_flushed(
         partial.mkdir(0o700, parents=True)
     Folder(tmp_path / "in").close()
     assert calls == [str(partial)] * there
+
+
+def test_a_disk_that_has_failed_since_a_receiver_was_killed(
+    tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hybridkex.apps.transfer.folder.flush_all", disk.fsync)
+    (tmp_path / "in" / PARTIAL).mkdir(0o700, parents=True)
+    disk.fails = lambda what: True
+    with pytest.raises(ConfigError, match=r"disk reports an error; .* killed .* start again$"):
+        Folder(tmp_path / "in")
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

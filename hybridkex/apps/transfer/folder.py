@@ -153,9 +153,7 @@ class Folder:
             os.makedirs(path, exist_ok=True)
             with self.open() as handles, contextlib.suppress(FileNotFoundError):
                 handles.get(())
-                # A receiver that was killed has not removed it, and may have given names that are
-                # not on disk.
-                flush_all(handles.get((PARTIAL,)))
+                _flush_named(handles.get((PARTIAL,)), path)
         except (OSError, FolderGone) as error:
             reason = error if isinstance(error, OSError) else FileNotFoundError(errno.ENOENT, "")
             raise ConfigError(why(reason, f"use the folder {os.fspath(path)}")) from None
@@ -312,6 +310,19 @@ def _status(path: tuple[str, ...], handles: Handles) -> os.stat_result | None:
         return os.stat(path[-1], dir_fd=handles.get(path[:-1]), follow_symlinks=False)
     except FileNotFoundError:
         return None
+
+
+def _flush_named(partial: int, path: str | os.PathLike[str]) -> None:
+    """Flush what a killed receiver may have named: it has not removed the folder for incomplete
+    files. Raises ``ConfigError``: the disk failed, which the kernel reports once."""
+    try:
+        flush_all(partial)
+    except OSError as error:
+        raise ConfigError(
+            f"{why(error, f'use the folder {os.fspath(path)}')}; files that an earlier receiver "
+            "stored just before it was killed may be lost: see the kernel's log (dmesg), and start "
+            "again"
+        ) from None
 
 
 def _remove_needless(name: str, parent: int) -> None:

@@ -28,6 +28,7 @@ from hybridkex.crypto.suites import TLS_AES_128_GCM_SHA256
 from hybridkex.errors import HybridkexError
 from hybridkex.secret import Secret
 from hybridkex.tls import client as client_module
+from hybridkex.tls import server as server_module
 from hybridkex.tls.config import ClientConfig, ServerConfig
 from hybridkex.tls.connection import Connection
 from hybridkex.tls.events import ApplicationData, PskWanted, SessionProposed
@@ -524,6 +525,21 @@ def reference(name: str) -> Wire:
 
 def check(name: str, cut: Cut, how: str) -> None:
     assert VARIANTS[name].run(cut).told == reference(name).told, f"{name}: {how}"
+
+
+def test_the_variants_enter_every_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered = set()
+    enter = Connection._enter
+
+    def noted(self: Connection, state: Any) -> None:
+        entered.add(type(state))
+        enter(self, state)
+
+    monkeypatch.setattr(Connection, "_enter", noted)
+    for name in ("psk looked up", "tickets", "retry", "certificates"):
+        VARIANTS[name].run(by_record)
+    # A client waits for a PSK before the first byte.
+    assert entered == {*client_module.STEPS, *server_module.STEPS} - {client_module.WaitPsk}
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -329,7 +329,10 @@ def test_fat_holds_the_size_of_a_file_in_its_name(
     offers = [*(offered(n, SMALL) for n in range(9)), offered(9, LARGE)]
     stored(folder, Arrivals(folder), offers)
     names = [offer.path[0] for offer in offers]
-    assert flushed.what[-len(names) - 1 :] == [*names, "."]
+    *last, work, partial = flushed.what[-len(names) - 3 :]
+    assert last == [*names, "."]
+    assert work.startswith(f"{PARTIAL}/{WORK}")
+    assert partial == PARTIAL
     folder.close()
 
 

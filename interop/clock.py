@@ -2,6 +2,7 @@
 
 import datetime
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
@@ -11,7 +12,7 @@ __all__ = ["follow"]
 def follow(file: Path) -> None:
     """From now on the clock of this process is ahead by as many seconds as a file says.
 
-    The file is read ten times a second; without it the clock is right. Whatever imports
+    The file is read ten times a second, as far as it can be read. Whatever imports
     ``datetime.datetime`` later gets a moved one. What is measured (``time.monotonic``) stays as it
     is, and so do the clocks of libraries in C.
     """
@@ -22,10 +23,8 @@ def follow(file: Path) -> None:
         nonlocal ahead, due
         if monotonic() > due:
             due = monotonic() + 0.1
-            try:
+            with suppress(OSError, MemoryError):  # other faults may act at the same time
                 ahead = float(file.read_text())
-            except FileNotFoundError:
-                ahead = 0.0
         return ahead
 
     class Any(type):

@@ -249,10 +249,10 @@ def verify(folders: Sequence[Path], heads: Iterable[str] = ()) -> Findings:
     expected: list[tuple[str, str, str]] = []
     try:
         for path in _files(folders):
-            hashes[path.name] = {""}
+            known = hashes.setdefault(path.name, {""})  # of an older copy in an archive, too
             found.heads[path.name] = ""
             for digest, record in _records(path, found):
-                hashes[path.name].add(digest)
+                known.add(digest)
                 found.heads[path.name] = digest
                 found.records += 1
                 if record.get("event") == "begun":

@@ -295,6 +295,10 @@ async def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert main(["kme", "verify-audit", str(folder), str(archive), "--head", head]) == 0
     assert main(["kme", "verify-audit", str(folder), str(archive), "--head", "ab" * 32]) == 1
     assert "there is no record with the SHA-256" in capsys.readouterr().out
+    begun, *_ = files[1].read_bytes().splitlines(keepends=True)
+    (archive / files[1].name).write_bytes(begun)  # a copy that was made earlier
+    for folders in ((folder, archive), (archive, folder)):
+        assert main(["kme", "verify-audit", *map(str, folders), "--head", head]) == 0
 
 
 ODD = (None, True, 1, 1.5, "x", [], [1], {"a": 1}, {"a": None}, {"a": []}, {"a": {}}, "")

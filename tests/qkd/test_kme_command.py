@@ -292,3 +292,14 @@ def test_each_process_of_a_file_has_metrics_of_its_own(
     assert b"not reloaded" not in process.told()
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=20) == 0
+
+
+@pytest.mark.parametrize("producer", ["random", "link"])
+def test_the_stock_of_a_simulated_link_is_small(producer: str, tmp_path: Path, kme: Kme) -> None:
+    """The link uses the processor until it is full."""
+    words = ("--producer", producer, "--no-serve")
+    words += ("--distance", "25") if producer == "link" else ()
+    assert kme("dev-up", tmp_path / "s", *words).returncode == 0
+    for one in load_config(tmp_path / "s" / "kme.toml").kme:
+        assert one.limits.max_key_count == (1000 if producer == "link" else 4096)
+        assert one.peer[0].link.distance_km == (25.0 if producer == "link" else 50.0)

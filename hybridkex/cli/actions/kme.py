@@ -256,6 +256,9 @@ _DEV_CONFIG: Final = """\
 # Two KMEs of one link in one process, for a first try. See docs/kme.md for every setting.
 """
 
+_DEV_STOCK: Final = 1000
+"""Keys of a simulated link, which uses the processor until its KMEs are full."""
+
 _DEV_KME: Final = """
 [[kme]]
 id = "{kme}"
@@ -313,6 +316,8 @@ def dev_up(options: DevUpOptions) -> int:
         )
         if options.distance is not None:
             text += f"link = {{ distance_km = {options.distance} }}\n"
+        if options.producer == "link":
+            text += f"[kme.limits]\nmax_key_count = {_DEV_STOCK}\n"
     files[config] = text.encode("utf-8"), PUBLIC
     try:
         write_files(files)

@@ -69,17 +69,23 @@ _NEXT_STEPS: Final = {
 }
 """The next step, by the message with which PostgreSQL refuses a connection."""
 
-_MARK: Final = "-c hybridkex.ours=yes"
-"""A session that has this has all of our settings: nobody else makes it."""
-_NEVER: Final = (
-    "enable_bitmapscan",
-    "enable_hashjoin",
-    "enable_mergejoin",
-    "enable_seqscan",
-    "jit",
-)
-"""What no statement of a store needs: each has an index for its few rows. The planner would choose
-these while its statistics are behind, as after a table has grown fast."""
+_SETTINGS: Final = {
+    "statement_timeout": str(int(STATEMENT_SECONDS * 1000)),
+    # A store shows each transaction its own rows.
+    "row_security": "on",
+    # psycopg doubles the backslashes of arrays of keys otherwise, and the server does not.
+    "standard_conforming_strings": "on",
+    # A session that has this has all of these settings: nobody else makes it.
+    "hybridkex.ours": "yes",
+    # What no statement of a store needs: each has an index for its few rows. The planner would
+    # choose these while its statistics are behind, as after a table has grown fast.
+    "enable_bitmapscan": "off",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
+    "enable_seqscan": "off",
+    "jit": "off",
+}
+"""The settings of each session, whatever those of the server, the database and the role are."""
 
 
 class BoundedConnection(psycopg.Connection[Any]):
@@ -146,9 +152,8 @@ def prepared(url: str) -> tuple[str, str]:
     # Where a password has an "@" or a "/", its rest is in these. "@name" is an abstract socket.
     if "@" in host[1:] or "@" in name or not set(port) <= set("0123456789,"):
         raise _malformed()
-    limits = f"-c statement_timeout={int(STATEMENT_SECONDS * 1000)} -c row_security=on {_MARK}"
-    plans = " ".join(f"-c {name}=off" for name in _NEVER)
-    options = f"{given.get('options') or ''} {limits} {plans}".strip()
+    ours = " ".join(f"-c {name}={value}" for name, value in _SETTINGS.items())
+    options = f"{given.get('options') or ''} {ours}".strip()
     settings: dict[str, Any] = {
         "connect_timeout": int(WAIT_SECONDS),
         "tcp_user_timeout": int(STATEMENT_SECONDS * 2000),

@@ -580,6 +580,19 @@ async def test_sessions_that_wait_for_a_standby_are_ended(
     await store.aclose()
 
 
+ODD_SETTINGS = (
+    "row_security = off",
+    "standard_conforming_strings = off",
+    "bytea_output = escape",
+    "datestyle = 'SQL, DMY'",
+    "default_transaction_isolation = serializable",
+    "extra_float_digits = -15",
+    "statement_timeout = 1",
+    "synchronous_commit = off",
+)
+"""What old applications make an administrator set for a server or a role."""
+
+
 async def test_settings_and_rights_of_the_role(postgres: PostgresServer) -> None:
     """What keeps a KME from starting is found by ``kme serve --check``, which changes nothing."""
     import psycopg
@@ -611,11 +624,18 @@ async def test_settings_and_rights_of_the_role(postgres: PostgresServer) -> None
         read_only_is_refused()
         check_store(url, Seal(SEAL), owner="kme-a")
         assert administrator.execute("SELECT to_regclass('hybridkex_meta')").fetchone() == (None,)
-        administrator.execute("ALTER ROLE kme SET row_security = off")
+        for change in ODD_SETTINGS:
+            administrator.execute(f"ALTER ROLE kme SET {change}")
         try:
             store = PostgresKeyStore(url, SEAL, owner="kme-a")
-            await store.add("a", keys(1))
-            assert await store.count("a") == 1
+            await store.add("a", keys(*range(40)))
+            await store.accept("a", [block(one) for one in range(20)], master="m", slaves=["s"])
+            ids = [key_id(one) for one in range(20)]
+            found = await store.collect("a", ids, slave="s", master="m")
+            assert [(one, key.reveal()) for one, key in found] == [
+                (one, key.reveal()) for one, key in keys(*range(20))
+            ]
+            assert len(await store.reserve("a", 40)) == 20
             await store.aclose()
         finally:
             administrator.execute("ALTER ROLE kme RESET ALL")

@@ -75,6 +75,8 @@ _SETTINGS: Final = {
     "row_security": "on",
     # psycopg doubles the backslashes of arrays of keys otherwise, and the server does not.
     "standard_conforming_strings": "on",
+    # Times are numbers of ten digits and a fraction.
+    "extra_float_digits": "1",
     # A session that has this has all of these settings: nobody else makes it.
     "hybridkex.ours": "yes",
     # What no statement of a store needs: each has an index for its few rows. The planner would

@@ -636,6 +636,7 @@ async def test_settings_and_rights_of_the_role(postgres: PostgresServer) -> None
                 (one, key.reveal()) for one, key in keys(*range(20))
             ]
             assert len(await store.reserve("a", 40)) == 20
+            assert abs(store._ahead) < 3600
             await store.aclose()
         finally:
             administrator.execute("ALTER ROLE kme RESET ALL")

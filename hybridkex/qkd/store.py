@@ -245,9 +245,9 @@ class KeyStore(ABC):
                 if key is None or not taken.keys() >= set(one.blocks):
                     raise KeyConsumed(f"a block of key {one.key_id} is gone")
             self._grant(db, link, allotments, keys, master, slaves)
-            self._end_reservations(link, blocks)
 
         await self._run(link, work, size=len(blocks))
+        self._end_reservations(link, blocks)
 
     async def accept(
         self,
@@ -521,7 +521,8 @@ class KeyStore(ABC):
     def _end_reservations(  # noqa: B027  # a mark in the row ends with the row
         self, link: str, key_ids: Iterable[str]
     ) -> None:
-        """Called in a transaction that has taken what was reserved."""
+        """Called after a transaction that has taken what was reserved: one that fails ends none,
+        or the caller's release would end that of the next who reserves them."""
 
     @abstractmethod
     def _spend(self, db: _Db, link: str, key_ids: Iterable[str]) -> set[str]:

@@ -149,6 +149,24 @@ async def test_a_flush_that_fails_fails_the_whole_group_and_gives_no_key(
     assert sorted(result[0][0] for result in results) == sorted(ids)
 
 
+async def test_a_draw_that_fails_keeps_its_reservation_until_it_is_released(
+    store: SqliteKeyStore,
+) -> None:
+    """Another draw would reserve the block, and lose it when the first one is released."""
+    await store.add("b", some_keys(1))
+    [block] = await store.reserve("b", 1)
+    working = store._db
+    store._db = BrokenFlush(working)  # type: ignore[assignment]
+    with pytest.raises(KeySourceUnavailable):
+        await store.allot("b", [one_block(block.key_id)], master="m")
+    store._db = working
+    assert not await store.reserve("b", 1)
+    await store.release("b", [block.key_id])
+    assert len(await store.reserve("b", 1)) == 1
+    await store.allot("b", [one_block(block.key_id)], master="m")
+    assert not store._reserved
+
+
 async def test_a_caller_that_is_cancelled_keeps_no_reservation(store: SqliteKeyStore) -> None:
     await store.add("b", some_keys(8))
     for _ in range(20):

@@ -24,13 +24,19 @@ from hybridkex.errors import HybridkexError
 from hybridkex.machine import refusal
 from hybridkex.text import PrintableOutput, printable
 
-__all__ = ["main"]
+__all__ = ["main", "run_program"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; ``argv`` is without the program's name. Returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return run_program(lambda: _run(arguments))
+
+
+def run_program(act: Callable[[], int]) -> int:
+    """Run a program whose errors are one line on standard error. Returns the exit status."""
     with unfailing_standard_error(), _safe_output(), bounded_thread_starts():
-        return _main(list(sys.argv[1:] if argv is None else argv))
+        return _reported(act)
 
 
 @contextmanager
@@ -47,10 +53,10 @@ def _safe_output() -> Iterator[None]:
             sys.stdout, sys.stderr = own
 
 
-def _main(arguments: list[str]) -> int:
+def _reported(act: Callable[[], int]) -> int:
     try:
         try:
-            return _run(arguments)
+            return act()
         finally:
             sys.stdout.flush()  # here, where an error can still be reported
     except HybridkexError as error:

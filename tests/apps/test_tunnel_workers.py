@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
@@ -23,8 +24,9 @@ from hybridkex import DevCa, ServerConfig
 from hybridkex.apps.tunnel import TunnelConfig, TunnelSettings, WorkerPool
 from hybridkex.auth.dev_ca import write_identity
 from hybridkex.cli import main
+from hybridkex.cli.actions.tunnel import _WORKER as WORKER
 from hybridkex.errors import ConfigError
-from hybridkex.machine import leaves
+from hybridkex.machine import NO_MEMORY, leaves
 from hybridkex.net.address import UnixAddress
 
 
@@ -462,3 +464,16 @@ def test_what_workers_cannot_do(
     error = capsys.readouterr().err
     assert complaint in error
     assert len(error.strip().splitlines()) == 1
+
+
+def test_a_worker_that_cannot_load_its_modules_says_so_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "trio.py").write_text("raise MemoryError")
+    done = subprocess.run(
+        [*WORKER, "0"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"hybridkex: {NO_MEMORY}\n"

@@ -255,8 +255,11 @@ _WORKER: Final = (
     "    signal.signal(number, signal.SIG_IGN)\n"
     # After all other folders, and never the current one, where another user may have put modules.
     f"sys.path.append({str(Path(hybridkex.__file__).parents[1])!r})\n"
-    "from hybridkex.cli.actions.tunnel_worker import main\n"
-    "sys.exit(main())",
+    "from hybridkex.cli import run_program\n"
+    "def work():\n"
+    "    from hybridkex.cli.actions.tunnel_worker import main\n"
+    "    return main()\n"
+    "sys.exit(run_program(work))",
 )
 """The command that starts a worker."""
 

@@ -309,6 +309,18 @@ def test_names_that_a_killed_receiver_has_given_are_flushed(
     assert calls == [str(partial)] * there
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_names_of_broken_connections_are_flushed_at_the_end(
+    tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    monkeypatch.setattr("hybridkex.apps.transfer.folder.flush_all", disk.fsync)
+    folder = Folder(tmp_path / "in")
+    make(folder, Arrivals(folder), "d")
+    disk.fails = lambda what: fails
+    folder.close()
+    assert (tmp_path / "in" / PARTIAL).exists() == fails, "for the next receiver, which flushes"
+
+
 def test_a_disk_that_has_failed_since_a_receiver_was_killed(
     tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -101,6 +101,9 @@ class UnsettledNames:
         """Held while a name is given or removed."""
         self._groups: dict[tuple[str, ...], object] = {}
 
+    def __len__(self) -> int:
+        return len(self._groups)
+
     def __contains__(self, path: tuple[str, ...]) -> bool:
         return path in self._groups
 
@@ -168,10 +171,13 @@ class Folder:
         return Handles(self._path)
 
     def close(self) -> None:
-        """Remove what faults have left without a name, and the folder for it if it is empty."""
+        """Remove what faults have left without a name, and the folder for it if it is empty and all
+        names are on disk."""
         self._remove_abandoned()
-        with contextlib.suppress(OSError):
-            os.rmdir(os.path.join(self._path, PARTIAL))
+        with contextlib.suppress(OSError, FolderGone), self.open() as handles:
+            if len(self.names):
+                flush_all(handles.get((PARTIAL,)))
+            os.rmdir(PARTIAL, dir_fd=handles.get(()))
 
     def _remove_abandoned(self) -> None:
         """Remove what a killed receiver, or a fault, has left: small files without a name, empty

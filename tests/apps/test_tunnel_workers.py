@@ -44,6 +44,10 @@ def workers(tunnel: Tunnel) -> list[int]:
     return found
 
 
+def command_line(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
 def runs(pid: int) -> bool:
     try:
         return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
@@ -237,6 +241,9 @@ async def test_a_signal_ends_a_service_whose_workers_are_starting(tunnel: Tunnel
         tunnel.process = tunnel._run.start("tunnel", "run", tunnel.file, stderr=log)
     await trio_until(lambda: len(workers(tunnel)) == 2)
     there = workers(tunnel)
+    service = command_line(tunnel.process.pid)
+    # One that is stopped before its exec would stop subprocess.Popen as well.
+    await trio_until(lambda: all(command_line(pid) != service for pid in there))
     for pid in there:
         os.kill(pid, signal.SIGSTOP)
     tunnel.process.terminate()

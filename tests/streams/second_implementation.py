@@ -227,7 +227,7 @@ class Client:
         self._request: tuple[bytes, Exchange, bytes] | None = None
         """What we have sent, and the imported key in it."""
         self._next_reading: bytes | None = None
-        self._confirmation_due = False
+        self._confirmation_due = self._closed = False
         self._how = ""
         self._handshake(psk)
 
@@ -448,6 +448,7 @@ class Client:
         self.write(PAD_RECORD, pad.seal(DATA, data))
 
     def close(self) -> None:
+        self._closed = True
         if self.pads is not None and self.pads[0].begun:
             self.write(PAD_RECORD, self.pads[0].seal(ALERT, CLOSE_NOTIFY))
         else:
@@ -459,7 +460,7 @@ class Client:
             if kind == PAD_RECORD:
                 assert self.pads is not None
                 kind, content = self.pads[1].open(content)
-            if kind == HANDSHAKE:
+            if kind == HANDSHAKE and not self._closed:  # or nothing may follow our close_notify
                 for one in self._split(content):
                     self.handle(one)
             elif kind == ALERT and content != CLOSE_NOTIFY:

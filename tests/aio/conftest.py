@@ -7,7 +7,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 import pytest
-from aio_glue import Run, loop_factory
+from aio_glue import Run, loop_factory, without_stacks
 
 from hybridkex import ClientConfig, DevCa, ServerConfig, TrustStore
 
@@ -51,7 +51,11 @@ def run(request: pytest.FixtureRequest) -> Run:
             assert not left
             return result
 
-        with warnings.catch_warnings(), asyncio.Runner(loop_factory=factory, debug=debug) as runner:
+        with (
+            warnings.catch_warnings(),
+            without_stacks(),
+            asyncio.Runner(loop_factory=factory, debug=debug) as runner,
+        ):
             warnings.simplefilter("error")
             try:
                 result = runner.run(watched())

@@ -16,6 +16,7 @@ import anyio.abc
 import pytest
 import trio
 import trio.testing
+from aio_glue import without_stacks
 
 from hybridkex import ClientConfig, SecureStream, ServerConfig, Session
 from hybridkex.aio import open_connection, start_server
@@ -360,7 +361,11 @@ def on_asyncio(function: Callable[[], Awaitable[None]], *, uvloop: bool = False)
     factory = None
     if uvloop:
         factory = pytest.importorskip("uvloop", reason="pip install uvloop").new_event_loop
-    with warnings.catch_warnings(), asyncio.Runner(loop_factory=factory, debug=True) as runner:
+    with (
+        warnings.catch_warnings(),
+        without_stacks(),
+        asyncio.Runner(loop_factory=factory, debug=True) as runner,
+    ):
         warnings.simplefilter("error")
         runner.run(function())  # type: ignore[arg-type]
 

@@ -51,7 +51,15 @@ async def _build(goroot: Path) -> Path:
         if program.exists():
             return program
         built = await trio.run_process(
-            [str(goroot / "bin" / "go"), "build", "-trimpath", "-o", str(half_made), "."],
+            [
+                str(goroot / "bin" / "go"),
+                "build",
+                "-trimpath",
+                "-gcflags=all=-N -l",  # without optimization, it takes a quarter less time
+                "-o",
+                str(half_made),
+                ".",
+            ],
             cwd=_SOURCE,
             env=os.environ
             | {

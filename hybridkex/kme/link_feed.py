@@ -583,7 +583,7 @@ def link_feed(config: KmeConfig, peer: PeerConfig, metrics: KmeMetrics) -> PairF
 
     remote = link.remote
     if remote is None:
-        bootstrap = link.bootstrap or "ml-dsa"
+        bootstrap = "ml-dsa" if link.bootstrap is None else link.bootstrap
         make = partial(SimulatedLink, settings, bootstrap=bootstrap, observer=note)
         make()  # a setting that is wrong is so now
         LOG.info("%s: %s authenticates its first block", name, bootstrap)

@@ -80,6 +80,13 @@ AMOUNTS: Final = ("rate", "bit_per_s", "secret_bits")
 """Columns that are 0 where there is no key."""
 ERROR: Final = "error"
 """Column with the reason why a row has no results. Other rows do not have it."""
+TYPES: Final = dict.fromkeys(COLUMNS, "float64") | {
+    "blocks_made": "int64",
+    "blocks_aborted": "int64",
+    "eve": "string",
+    ERROR: "string",
+}
+"""Types of Parquet of columns that may be empty in all rows."""
 SEARCHED: Final = ("intensities", "probabilities", "key_basis_probability", "brightness")
 """Settings that :func:`~hybridkex.link.optimise.tuned` chooses."""
 EXTRA: Final = "more values than columns"
@@ -364,7 +371,7 @@ def write_scan(path: Path | str, rows: Iterable[Row]) -> None:
         import pyarrow.parquet  # noqa: PLC0415  # an extra
 
         made = io.BytesIO()
-        table = pyarrow.table({n: _column([row.get(n) for row in rows]) for n in names})
+        table = pyarrow.table({n: _column(n, [row.get(n) for row in rows]) for n in names})
         pyarrow.parquet.write_table(table, made)
         content = made.getvalue()
     write_file(path, content, mode=PUBLIC)
@@ -421,11 +428,12 @@ def _kind(path: Path) -> str:
     return file_kind(path, "a scan", SUFFIXES)
 
 
-def _column(values: list[Any]) -> Any:
-    """A column of Parquet, which has one type: values of several types become text."""
+def _column(name: str, values: list[Any]) -> Any:
+    """A column of Parquet, which has one type: in all files that of :data:`TYPES`, whatever is
+    empty; of other columns, that of their values. Values of several types become text."""
     import pyarrow  # noqa: PLC0415  # an extra
 
-    try:
-        return pyarrow.array(values)
-    except (pyarrow.ArrowException, OverflowError):
-        return pyarrow.array([None if one is None else str(one) for one in values])
+    for kind in (TYPES.get(name), None):
+        with suppress(pyarrow.ArrowException, OverflowError):
+            return pyarrow.array(values, kind)
+    return pyarrow.array([None if one is None else str(one) for one in values])

@@ -100,6 +100,8 @@ class SimulatedLink:
         self._shared = Randomness.seeded(seed, "shared secret").bytes(2 * LANE_RESERVE)
         self._ends = _bootstraps(bootstrap, self._shared)
         self._parties: tuple[Alice | Bob, ...] = ()
+        self._streams: tuple[trio.abc.Stream, ...] = ()
+        """Of the parties, in their order."""
         self._over = False
 
     @property
@@ -163,6 +165,7 @@ class SimulatedLink:
             far, detector = streams[3], other
         bob = Bob(far, self.settings, detector, bootstrap=self._ends[1], seed=self._seed)
         self._parties = (alice, bob, *between)
+        self._streams = (near, far, *streams[1:3]) if between else (near, far)
         try:
             yield self
         finally:
@@ -189,7 +192,12 @@ class SimulatedLink:
                     made[number] = await party.block()
                 except LinkError as error:
                     failures.append(error)
-                    if not isinstance(error, BlockAborted):
+                    if isinstance(error, BlockAborted):
+                        return
+                    # The other one notices. Only where its light may last for hours is it stopped:
+                    # a stop comes earlier or later in its block, and so does the end of the light.
+                    await trio.aclose_forcefully(self._streams[number])
+                    if self.settings.real_time:
                         nursery.cancel_scope.cancel()
 
             for number, party in enumerate(self._parties):

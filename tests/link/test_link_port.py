@@ -768,6 +768,8 @@ def test_each_setting_of_a_link_is_held_or_refused(
         else:
             with pytest.raises(ConfigError):
                 held(**usual | {name: value})
+    with pytest.raises(ConfigError, match=r"bootstrap must be|bootstrap = |a link table needs"):
+        held(**usual | {"bootstrap": ""})
 
 
 @pytest.mark.parametrize("asked", [None, "ecdsa", "ml-dsa", "psk", "rsa", "nonsense"])

@@ -144,6 +144,15 @@ def test_simulated_blocks_agree_with_closed_forms() -> None:
     assert scan(points, blocks=2, seed=2) != [simulated]
 
 
+def test_the_same_seed_gives_the_same_rows_whichever_party_runs_first() -> None:
+    """Eve is found at the first bytes: the light of the block ends at the same moment each time."""
+    usual = {"preset": ["rusca2018"], "distance_km": [0.0], "tuned": [False]}
+    points = grid(usual | {"block_bits": [1000], "eve": ["tamper:0", "tamper:1", "mitm"]})
+    first, *others = (scan(points, blocks=2, seed=1) for _ in range(6))  # trio's order is random
+    assert all(row["seconds"] > 0 for row in first)
+    assert all(rows == first for rows in others)
+
+
 def test_many_processes_give_the_same_rows() -> None:
     here = scan(SMALL, blocks=1, seed=3)
     told: list[int] = []
@@ -492,6 +501,26 @@ def test_an_impossible_point_has_a_row_that_says_why_and_the_scan_goes_on(
     plot_scan(again, x="block_bits", y="seconds", by=["preset"])
     with pytest.raises(ConfigError, match=r"preset=bbm92, eve=pns, tuned=False: .*not pairs"):
         scan(grid({"preset": ["bbm92"], "eve": ["pns"], "tuned": [False]}), blocks=blocks)
+
+
+def test_a_column_of_parquet_has_one_type_in_all_files(tmp_path: Path) -> None:
+    """Also where it is empty in all rows, so that files are read together."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    schemas = []
+    for number, (axes, blocks) in enumerate(
+        [
+            ({"distance_km": [400.0]}, 0),  # no key
+            ({"distance_km": [0.0]}, 0),
+            ({"distance_km": [0.0], "eve": ["none", "intercept:1"]}, 1),
+        ]
+    ):
+        path = tmp_path / f"{number}.parquet"
+        rows = scan(grid(axes | {"preset": ["rusca2018"], "block_bits": [10_000]}), blocks=blocks)
+        write_scan(path, rows)
+        assert read_scan(path) == rows
+        schemas.append(parquet.read_schema(path))
+    assert schemas[0] == schemas[1] == schemas[2]
+    assert "null" not in map(str, schemas[0].types)
 
 
 def test_values_of_several_types_in_a_column_lose_no_row(tmp_path: Path) -> None:

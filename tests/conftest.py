@@ -166,7 +166,7 @@ def _log_as_it_was() -> Iterator[None]:
     handlers, level, propagate = list(logger.handlers), logger.level, logger.propagate
     for name in _BOUNDED:
         if name in sys.modules:  # or earlier tests have used its lines up
-            sys.modules[name]._LINES._bucket.fill()
+            sys.modules[name]._LINES._buckets.clear()
     yield
     logger.handlers[:] = handlers
     logger.setLevel(level)

@@ -95,28 +95,27 @@ Note = Callable[[Block | BlockAborted], None]
 
 
 class _Troubles:
-    """The log of a link that makes no blocks: a bounded number of lines for as long as that lasts.
-
-    Errors, which an operator must act on, do not compete with warnings.
-    """
+    """The log of a link that makes no blocks: a bounded number of lines while that lasts."""
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._logs: dict[int, BoundedLog] = {}
+        self._log = self._new_log()
+
+    @staticmethod
+    def _new_log() -> BoundedLog:
+        return BoundedLog(LOG, rate=1 / 60, burst=5)
 
     def over(self) -> None:
         """A block was made."""
-        for log in self._logs.values():
-            log.flush()
-        self._logs.clear()
+        self._log.flush()
+        self._log = self._new_log()
 
     def log(self, level: int, message: str, *args: object) -> bool:
         """Log this, unless there were many lines of the level since the last block.
 
         Returns whether it was logged.
         """
-        log = self._logs.setdefault(level, BoundedLog(LOG, rate=1 / 60, burst=5))
-        return log.log(level, f"%s: {message}", self._name, *args)
+        return self._log.log(level, f"%s: {message}", self._name, *args)
 
     async def given_up(self, error: BlockAborted) -> None:
         """Log why a block was given up, and wait until it is time for the next one."""

@@ -409,6 +409,7 @@ class KmeServer:
             if of_a_peer or caller in config.saes:
                 who = f"the {'KME' if of_a_peer else 'SAE'} {caller}"
                 settings.expiry.peer(who, certificate_from_der(certificate))
+                connection.recognize()
             connection.admit(settings.of_peers if of_a_peer else settings.of_saes, caller)
             # The HTTP limits must fit what a KME announces, to SAEs and between KMEs.
             needed = MAX_MESSAGE_BYTES if of_a_peer else kme.limits.request_bytes

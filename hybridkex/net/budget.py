@@ -41,16 +41,22 @@ class Connection:
         peer: the peer's address and port, or ``a local program``.
         address: where the peer is, which holds a place until the peer has authenticated: an IPv4
             address, the /64 prefix of an IPv6 address, the user ID of a local program, or empty.
-        log: for log lines that the peer can cause.
+        log: for log lines that the peer can cause; one for all unknown peers, and another for known
+            ones (:meth:`recognize`).
         served: for the lines of ordinary use, if it is not known who the peer is.
         evicted: whether it was closed to make room for another connection.
     """
 
     def __init__(
-        self, transport: Carrier | None, log: BoundedLog, served: BoundedLog | None = None
+        self,
+        transport: Carrier | None,
+        log: BoundedLog,
+        served: BoundedLog | None = None,
+        known: BoundedLog | None = None,
     ) -> None:
-        self.log: Final = log
+        self.log = log
         self.served: Final = served or log
+        self._known: Final = known or log
         self.peer: Final = peer_name(transport)
         self.address: Final = network_of(transport)
         self._transport = transport
@@ -93,6 +99,11 @@ class Connection:
         budget._add(self, self.address)
         self._waiting_since = current_time()
         self._cut, self._may_stay = cut, may_stay
+
+    def recognize(self) -> None:
+        """Mark the peer as one that has proved who it is: unknown peers, however many, suppress
+        none of its log lines."""
+        self.log = self._known
 
     def release(self) -> None:
         """Give the place back, at the end of the connection or of its handshake."""

@@ -1,6 +1,7 @@
 """Rate-limited logging for lines that any peer can cause."""
 
 import logging
+from functools import partial
 from typing import Final
 
 from hybridkex.net.token_bucket import TokenBucket
@@ -17,29 +18,33 @@ class BoundedLog:
     """A logger that writes at most ``burst`` lines at once and ``rate`` lines a second.
 
     Suppressed lines are counted: the next line that is written, or :meth:`flush`, reports the
-    number.
+    number. Lines of different levels do not compete, so that no number of warnings suppresses an
+    error.
 
     Args:
         logger: where the lines go.
-        rate: lines per second in the long run.
-        burst: lines at once.
+        rate: lines of one level per second in the long run.
+        burst: lines of one level at once.
     """
 
     def __init__(self, logger: logging.Logger, *, rate: float = RATE, burst: int = BURST) -> None:
         self._logger = logger
-        self._bucket = TokenBucket(rate, burst)
+        self._new_bucket = partial(TokenBucket, rate, burst)
+        self._buckets: dict[int, TokenBucket] = {}
         self._suppressed = 0
 
     def log(self, level: int, message: str, *args: object) -> bool:
         """Write a line, or count it. Returns whether it was written."""
-        if not (self._logger.isEnabledFor(level) and self.allows()):
+        if not (self._logger.isEnabledFor(level) and self.allows(level)):
             return False
         self._logger.log(level, message, *args)
         return True
 
-    def allows(self) -> bool:
+    def allows(self, level: int = logging.INFO) -> bool:
         """Whether a line may be written elsewhere now; otherwise it is counted."""
-        if not self._bucket.take():
+        if level not in self._buckets:
+            self._buckets[level] = self._new_bucket()
+        if not self._buckets[level].take():
             self._suppressed += 1
             return False
         self.flush()

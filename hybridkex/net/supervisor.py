@@ -83,6 +83,7 @@ class Supervisor(Generic[T]):
         self._handler = handler
         self._name = name
         self.log: Final = BoundedLog(logger)
+        self._known = BoundedLog(logger)
         self._served = BoundedLog(logger, rate=SERVED_RATE, burst=SERVED_BURST)
         self._logger = logger
         self._handshakes = Budget(
@@ -135,6 +136,7 @@ class Supervisor(Generic[T]):
                         await trio.sleep(RETRY_SECONDS)
                     nursery.cancel_scope.cancel()
         finally:
+            self._flush()
             await self._clear()
 
     def stop_accepting(self) -> None:
@@ -145,8 +147,11 @@ class Supervisor(Generic[T]):
     async def _flush_log(self) -> None:
         while True:
             await trio.sleep(FLUSH_SECONDS)
-            self.log.flush()
-            self._served.flush()
+            self._flush()
+
+    def _flush(self) -> None:
+        for log in (self.log, self._known, self._served):
+            log.flush()
 
     # -- accepting
 
@@ -175,7 +180,8 @@ class Supervisor(Generic[T]):
         stream = await listener.accept()
         self._accepted += 1
         try:
-            pending.add(Connection(_transport_of(stream), self.log, self._served), stream)
+            logs = self.log, self._served, self._known
+            pending.add(Connection(_transport_of(stream), *logs), stream)
         except BaseException:
             await _discard(stream)
             raise
@@ -276,7 +282,7 @@ class Supervisor(Generic[T]):
             # A bug on our side. Its text may quote anything, so only its type and location are
             # logged.
             self._on_failure("internal")
-            self.log.log(
+            connection.log.log(
                 logging.ERROR,
                 "%s: %s: internal error: %s in %s; please report it",
                 self._name,
@@ -287,7 +293,7 @@ class Supervisor(Generic[T]):
             self._logger.debug("%s: the internal error", self._name, exc_info=cause)
 
     def _say(self, connection: Connection, text: str) -> None:
-        self.log.log(logging.WARNING, "%s: %s: %s", self._name, connection.peer, text)
+        connection.log.log(logging.WARNING, "%s: %s: %s", self._name, connection.peer, text)
 
 
 def _end_deadline(scope: trio.CancelScope) -> None:

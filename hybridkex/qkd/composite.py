@@ -62,7 +62,8 @@ class FailoverSource:
         self._retry_after = retry_after
         self._timeout = timeout
         self._down_until = [0.0] * len(sources)
-        self._lines = BoundedLog(LOG)  # a peer may name keys that no source has
+        self._lines = BoundedLog(LOG)
+        self._of_keys = BoundedLog(LOG)  # a peer may name keys that no source has
 
     async def get_key(self) -> QkdKey:
         """The first key that a source gives. Raises the last source's error if none does."""
@@ -99,8 +100,11 @@ class FailoverSource:
                 # The source failed. The other errors concern a key or its stock.
                 pause = max(self._retry_after, error.retry_after or 0.0)
                 self._down_until[index] = current_time() + pause
-            text = "key source %d of %d: %s"
-            self._lines.log(logging.WARNING, text, index + 1, len(self._sources), error)
+            line = "key source %d of %d: %s", index + 1, len(self._sources), error
+            if isinstance(error, KeySourceUnavailable):
+                self._lines.log(logging.WARNING, *line)
+            else:
+                self._of_keys.log(logging.WARNING, *line)
             errors.append(error)
         raise min(errors, key=_hope)
 

@@ -693,6 +693,30 @@ async def test_lines_are_bounded(caplog: pytest.LogCaptureFixture) -> None:
     ]
 
 
+async def test_strangers_suppress_no_line_of_a_known_peer(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Nor an error of ours; and how many of theirs were suppressed is said, also at the end."""
+
+    async def handler(stream: Any, connection: Connection) -> None:
+        said = await stream.receive_some()
+        if said == b"known":
+            connection.recognize()
+        raise ValueError if said == b"bug" else LocalStateError(said.decode())
+
+    async with serving(handler) as listener:
+        for said in (*[b"stranger"] * 50, b"known", b"bug"):
+            async with listener.connect() as stream:
+                await stream.send_all(said)
+                assert not await stream.receive_some()
+    lines = [record.getMessage() for record in caplog.records]
+    assert sum(line.endswith(": known") for line in lines) == 1
+    assert sum("internal error: ValueError" in line for line in lines) == 1
+    told = [int(line.split()[0]) for line in lines if line.endswith("were suppressed")]
+    assert sum(line.endswith(": stranger") for line in lines) + sum(told) == 50
+    assert told
+
+
 async def test_resets_at_accept() -> None:
     """Connections that were reset before they are accepted have no address; nothing ends."""
 

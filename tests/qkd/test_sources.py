@@ -351,6 +351,14 @@ async def test_names_that_a_peer_made_up_do_not_fill_the_log(
             await failover.get_key_with_id((KeyPart("a0", "b0", str(uuid.uuid4())),))
     assert 10 <= len(caplog.messages) < 50  # of two lines each
 
+    async def down(name: KeyReference) -> QkdKey:
+        raise KeySourceUnavailable("it is down")
+
+    sources[0].get_key_with_id = down  # type: ignore[method-assign]
+    with pytest.raises(KeySourceError):
+        await failover.get_key_with_id((KeyPart("a0", "b0", str(uuid.uuid4())),))
+    assert "key source 1 of 2: it is down" in caplog.messages
+
 
 @pytest.mark.parametrize("first", ERRORS)
 @pytest.mark.parametrize("second", ERRORS)

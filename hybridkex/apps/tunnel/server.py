@@ -526,6 +526,7 @@ class _Connection:
         if self._config.allowed and not session.peer_is_one_of(self._config.allowed):
             raise _Rejected("name", f"{session.peer_subject} is not allowed")
         if isinstance(channel, ServerConfig) and session.peer_is_known:
+            self._connection.recognize()
             self._log = partial(LOG.log, logging.INFO)
         self._log("%s open; %s", self._what, _described(session, as_json=self._config.json))
         return Leg("the channel", stream, socket)

@@ -65,9 +65,10 @@ async def _listen(options: ListenOptions, config: ServerConfig) -> None:
     async def handle(stream: Stream, connection: Connection) -> None:
         async with stream:
             await _shake_hands(stream)
+            if known := stream.session.peer_is_known:
+                connection.recognize()
             connection.admit(budget, is_used=lambda: stream.has_carried_data)
             async with turn:
-                known = stream.session.peer_is_known
                 await _serve(options, stream, told=known or connection.served.allows())
 
     await Supervisor(handle, name="listen", logger=LOG).serve(listeners)

@@ -127,13 +127,15 @@ class _Server:
                 await stream.do_handshake()
             except trio.BrokenResourceError as error:
                 raise ChannelFailed(f"handshake failed: {broken(error)}") from None
+            if known := stream.session.peer_is_known:
+                connection.recognize()
             try:
                 connection.admit(self._budget, is_used=lambda: stream.has_carried_data)
             except TooManyConnections:
                 # Within what is left of its handshake deadline.
                 await receiver.turn_away(stream)
                 raise
-            if stream.session.peer_is_known or connection.served.allows():
+            if known or connection.served.allows():
                 report(stream.session, as_json=self._options.channel.json)
             if await receiver.serve(stream) and self._options.once:
                 self._request.finish()

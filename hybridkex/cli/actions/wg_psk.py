@@ -187,6 +187,7 @@ async def _listen(options: WgPskOptions, rotator: Rotator) -> None:
 
             def admit() -> None:
                 nonlocal authenticated
+                connection.recognize()
                 connection.admit(budget)
                 authenticated = True
 

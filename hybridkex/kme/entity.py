@@ -51,7 +51,15 @@ from hybridkex.qkd.etsi014.models import (
     Status,
 )
 from hybridkex.qkd.producer import KeyProducer, ProducedKey
-from hybridkex.qkd.store import Allotment, BlocksRefused, BlockState, KeyStore, Material, Position
+from hybridkex.qkd.store import (
+    Allotment,
+    BlocksRefused,
+    BlockState,
+    KeyStore,
+    Material,
+    OutcomeUnknown,
+    Position,
+)
 from hybridkex.secret import Secret
 from hybridkex.text import get_logger
 
@@ -78,7 +86,7 @@ LOST: Final = {
     "voided": "the other end has discarded them",
     "short": "they are shorter than limits.key_size, which was raised after they were made, or "
     "which is smaller in another process of this KME",
-    "unrecorded": "their delivery could not be recorded in the audit trail",
+    "unrecorded": "their delivery could not be recorded for certain",
     "overtaken": "one block of their request expired or went to the other end in the meantime",
 }
 """Why keys are lost, as stated by the counter and the log."""
@@ -134,6 +142,8 @@ class _Link:
     try_again: float | None = None
     """When the next delivery may be tried, after one that could not be recorded, as on a full disk:
     its keys are lost, as the other KME had promised them."""
+    unsettled: set[str] = field(default_factory=set)
+    """Blocks of requests that failed, though the store may have recorded their delivery."""
     voids: TokenBucket = field(default_factory=lambda: TokenBucket(VOIDS_RATE, VOIDS_BURST))
     log: BoundedLog = field(default_factory=lambda: BoundedLog(LOG, rate=1 / 60, burst=5))
     """Rate-limits the lines that an SAE or the other KME can cause repeatedly."""
@@ -174,6 +184,8 @@ class KeyManagementEntity:
             self._links[self.kme_id] = _Link(
                 target=self.kme_id, saes=settings.saes, half=0, peer=None
             )
+        for target in self._links:
+            metrics.begin_link(self.kme_id, target, lost=LOST, refused=BlockState, excess=EXCESS)
         self.log: Final = BoundedLog(LOG)
         """For log lines that any peer or SAE can cause again and again."""
         self._buckets = self._new_buckets()
@@ -458,8 +470,10 @@ class KeyManagementEntity:
             self._note_peer(link, None)
         try:
             await self._store.allot(link.target, allotments, master=master, slaves=local)
-        except KeySourceUnavailable:
+        except KeySourceUnavailable as error:
             link.try_again = trio.current_time() + TRY_AGAIN_AFTER
+            if isinstance(error, OutcomeUnknown):
+                link.unsettled.update(block for one in allotments for block in one.blocks)
             raise
         except KeyConsumed:
             # One block expired, or went to the peer. The other KME's promises are useless now, and
@@ -524,6 +538,7 @@ class KeyManagementEntity:
         if not key_ids:
             return []
         gone = await self._store.discard(link.target, key_ids)
+        link.unsettled.difference_update(gone)
         if gone:
             self._note_lost(link, reason, gone)
             link.note_gone(len(gone))
@@ -777,10 +792,26 @@ class KeyManagementEntity:
                 self._metrics.expired.labels(self.kme_id).inc(erased)
 
     async def _count_and_reconcile(self, link: _Link) -> None:
+        await self._settle(link)
         stored = await self._store.count(link.target)
         self._metrics.stored.labels(self.kme_id, link.target).set(stored)
         if trio.current_time() >= link.next_check and link.peer is not None:
             await self._reconcile_if_due(link)
+
+    async def _settle(self, link: _Link) -> None:
+        """Count the keys that the store recorded as delivered though their request failed.
+
+        The others are still in stock: the other end, which promised them, refuses the next request.
+        """
+        unsettled = sorted(link.unsettled)
+        if not unsettled:
+            return
+        lost = await self._store.unknown(link.target, unsettled)
+        lost = [one for one in lost if one in link.unsettled]  # not erased and counted meanwhile
+        link.unsettled.difference_update(unsettled)
+        if lost:
+            self._note_lost(link, "unrecorded", lost)
+            await self._tell_void(link, lost)
 
     def renew_soon(self) -> None:
         """The sealing key may have changed: encrypt the stored keys under the current one."""

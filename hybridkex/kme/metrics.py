@@ -1,5 +1,7 @@
 """The Prometheus metrics of KMEs. No registry is shared: each process makes its own."""
 
+from collections.abc import Iterable
+from enum import Enum
 from typing import TYPE_CHECKING, Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -80,6 +82,29 @@ class KmeMetrics:
         self.rejected = counter(
             "kme_connections_rejected", "Connections that ended before a request.", "reason"
         )
+
+    def begin_link(
+        self,
+        kme: str,
+        link: str,
+        *,
+        lost: Iterable[str],
+        refused: Iterable[Enum],
+        excess: Iterable[str],
+    ) -> None:
+        """Begin the counters of a link at zero: Prometheus sees no increase before the first value.
+
+        The reasons are those for which keys are lost, blocks refused, and calls of a peer limited.
+        """
+        self.produced.labels(kme, link)
+        self.shortages.labels(kme, link)
+        for counter, reasons in (
+            (self.lost, lost),
+            (self.refused, (one.value for one in refused)),
+            (self.excess, excess),
+        ):
+            for reason in reasons:
+                counter.labels(kme, link, reason)
 
     def note_block(self, kme: str, link: str, block: "Block | BlockAborted") -> None:
         """Count a block of a QKD link."""

@@ -45,6 +45,7 @@ from hybridkex.qkd.store import (
     Allotment,
     KeyStore,
     Material,
+    OutcomeUnknown,
     Seal,
     SealRecord,
     place_of,
@@ -469,15 +470,16 @@ class PostgresKeyStore(KeyStore):
                 result = self._attempt(scope, work, follow, opening)
             except _NotCommitted:
                 result = self._attempt(scope, work, follow, opening)
-        except (psycopg.Error, PoolTimeout, _NotCommitted, ConfigError) as error:
-            cause = error.__cause__ if isinstance(error, _NotCommitted) else error
+        except (psycopg.Error, PoolTimeout, _NotCommitted, _Unknown, ConfigError) as error:
+            cause = error.__cause__ if isinstance(error, _NotCommitted | _Unknown) else error
+            kind = OutcomeUnknown if isinstance(error, _Unknown) else KeySourceUnavailable
             self._on_failure()
             text = _reason(cause)
             with self._telling:
                 if not self._failing:  # once, not for every call until the store works again
                     self._log.log(logging.ERROR, "the key store %s failed: %s", self.where, text)
                 self._failing = not isinstance(cause, InvalidTag)
-            raise KeySourceUnavailable(f"the key store failed: {text}") from cause
+            raise kind(f"the key store failed: {text}") from cause
         with self._telling:
             if self._failing and records:  # reading may work on a full disk
                 self._log.log(logging.WARNING, "the key store %s works again", self.where)
@@ -510,7 +512,9 @@ class PostgresKeyStore(KeyStore):
             # in this moment.
             raise _NotCommitted from error
         except (psycopg.OperationalError, psycopg.InterfaceError) as error:
-            if worked or isinstance(error, PoolTimeout | errors.QueryCanceled):
+            if worked:
+                raise _Unknown from error
+            if isinstance(error, PoolTimeout | errors.QueryCanceled):
                 raise
             raise _NotCommitted from error
         return result
@@ -886,6 +890,10 @@ def _prepared(url: Secret) -> tuple[str, str]:
 
 class _NotCommitted(Exception):
     """A transaction failed before its commit, so that it may be repeated."""
+
+
+class _Unknown(Exception):
+    """A transaction failed in its commit, which the server may have carried out."""
 
 
 def _one(cursor: _Cursor, columns: int) -> tuple[Any, ...]:

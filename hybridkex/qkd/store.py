@@ -38,6 +38,7 @@ from hybridkex.errors import (
     KeyConsumed,
     KeyExpired,
     KeySourceError,
+    KeySourceUnavailable,
     KeyUnauthorized,
     KeyUnknown,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "BlocksRefused",
     "KeyStore",
     "Material",
+    "OutcomeUnknown",
     "Position",
     "Seal",
     "SealRecord",
@@ -120,6 +122,10 @@ class BlockState(Enum):
     """The block was used before, or was erased."""
 
 
+class OutcomeUnknown(KeySourceUnavailable):
+    """The database was lost during a commit, which may have been carried out."""
+
+
 class BlocksRefused(Exception):  # an answer between two KMEs, not a failure
     """Blocks that cannot be allotted, each with its state."""
 
@@ -131,9 +137,9 @@ class BlocksRefused(Exception):  # an answer between two KMEs, not a failure
 class KeyStore(ABC):
     """A key database. Each method is one transaction, durable on return.
 
-    A call that fails raises :class:`~hybridkex.errors.KeySourceUnavailable`, changes nothing, and
-    leaves the store usable. A call whose caller is cancelled is either not begun or carried out to
-    its end.
+    A call that fails raises :class:`~hybridkex.errors.KeySourceUnavailable`, changes nothing
+    (unless it is :class:`OutcomeUnknown`), and leaves the store usable. A call whose caller is
+    cancelled is either not begun or carried out to its end.
 
     What a store decides is here; each database adds its transactions and its statements. In their
     methods, ``db`` carries out the statements of the transaction in progress.

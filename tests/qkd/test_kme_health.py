@@ -6,7 +6,7 @@ import os
 import re
 import sqlite3
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,12 @@ from hybridkex.kme.audit import AuditTrail
 from hybridkex.kme.config import PeerConfig, ServeConfig
 from hybridkex.kme.entity import KeyManagementEntity
 from hybridkex.kme.metrics import KmeMetrics
-from hybridkex.kme.peering import HttpPeer
+from hybridkex.kme.peering import HttpPeer, LocalPeer
 from hybridkex.kme.settings import EntitySettings, KmeLimits
 from hybridkex.net.address import TcpAddress
 from hybridkex.qkd.etsi014.models import ErrorResponse, KeyRequest
 from hybridkex.qkd.sqlite_store import SqliteKeyStore
-from hybridkex.qkd.store import new_key_file, read_key_file
+from hybridkex.qkd.store import OutcomeUnknown, new_key_file, read_key_file
 from hybridkex.secret import Secret
 from interop.ports import free_port
 
@@ -255,6 +255,68 @@ async def test_a_kme_that_is_away_delays_no_other_link(
     assert 'hybridkex_kme_keys_stored{kme="kme-a",link="kme-b"} 1.0' in metrics.text().decode()
     [line] = [one for one in caplog.messages if "reached" in one]
     assert line.startswith("kme-a: the KME kme-b: it cannot be reached")
+
+
+@pytest.mark.parametrize("committed", [True, False])
+@pytest.mark.parametrize("drawn_meanwhile", [True, False])
+async def test_keys_of_an_uncertain_commit_are_counted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, committed: bool, drawn_meanwhile: bool
+) -> None:
+    """At both ends, whether or not the database had committed when it was lost."""
+    metrics, saes = KmeMetrics(), {"kme-a": frozenset({"a"}), "kme-b": frozenset({"b"})}
+    stores = {one: SqliteKeyStore(tmp_path / one, Secret(bytes(32))) for one in saes}
+    kmes = {}
+    for own, other in (("kme-a", "kme-b"), ("kme-b", "kme-a")):
+        settings = EntitySettings(id=own, saes=saes[own], peers={other: saes[other]})
+        kmes[own] = KeyManagementEntity(settings, store=stores[own], metrics=metrics)
+    kme, store = kmes["kme-a"], stores["kme-a"]
+    kme.connect("kme-b", LocalPeer(own_id="kme-a", other=kmes["kme-b"]))
+    await store.add("kme-b", [(str(uuid4()), Secret(bytes(32))) for _ in range(6)], shared=False)
+    allot = store.allot
+
+    async def lost(*arguments: Any, **named: Any) -> None:
+        if committed:
+            await allot(*arguments, **named)
+        raise OutcomeUnknown("the server was killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "allot", lost)
+        with pytest.raises(OutcomeUnknown):
+            await kme.get_key("a", "b", KeyRequest(number=2, size=512))
+    monkeypatch.setattr("hybridkex.kme.entity.TRY_AGAIN_AFTER", 0)
+    kme._links["kme-b"].try_again = None
+    if drawn_meanwhile:
+        await kme.get_key("a", "b", KeyRequest(number=1))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(kme.maintain, 0.01)
+        with trio.fail_after(20):
+            while kme._links["kme-b"].unsettled:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+            await trio.sleep(0.05)
+        nursery.cancel_scope.cancel()
+    with suppress(ErrorResponse):  # what the other end refuses
+        await kme.get_key("a", "b", KeyRequest(number=2))
+    for one in stores.values():
+        await one.aclose()
+    pattern = r'keys_lost_total{kme="(.+?)",link=".+?",reason="(.+?)"} ([1-9].*)'
+    found = {kme: (why, float(n)) for kme, why, n in re.findall(pattern, metrics.text().decode())}
+    why = "unrecorded" if committed else "refused"
+    assert found == {"kme-a": (why, 4.0), "kme-b": ("voided", 2.0)}
+
+
+async def test_counters_of_a_link_begin_at_zero(tmp_path: Path) -> None:
+    """Prometheus sees no increase before the first value: keys lost at once would go unnoticed."""
+    store, metrics = SqliteKeyStore(tmp_path / "keys.db", Secret(bytes(32))), KmeMetrics()
+    settings = EntitySettings(
+        id="kme-a", saes=frozenset({"a"}), peers={"kme-b": frozenset({"b"})}, self_pairs=True
+    )
+    KeyManagementEntity(settings, store=store, metrics=metrics)
+    await store.aclose()
+    begun = set(
+        re.findall(r'(hybridkex_\w+_total){kme="kme-a",link="kme-[ab]"', metrics.text().decode())
+    )
+    names = ("keys_lost", "keys_produced", "blocks_refused", "peer_excess", "shortages")
+    assert begun == {f"hybridkex_kme_{name}_total" for name in names}
 
 
 async def test_many_who_ask_load_nothing(

@@ -278,10 +278,7 @@ class PartyFeed:
 
     async def _run_bob(self) -> None:
         while True:
-            number = secrets.token_bytes(NUMBER)
-            classical = await self._reach(CLASSICAL, number)
-            quantum = await self._reach(QUANTUM, number)
-            await self._session(classical, quantum)
+            await self._session(*await self._reach())
             await self._slow_down()
 
     async def _slow_down(self) -> None:
@@ -305,21 +302,26 @@ class PartyFeed:
         )
         await trio.sleep(pause)
 
-    async def _reach(self, kind: bytes, number: bytes) -> trio.SocketStream:
-        """Open a connection that Alice has greeted."""
+    async def _reach(self) -> list[trio.SocketStream]:
+        """Open the connections of a new session, which Alice has greeted: classical, quantum."""
         said = set[float]()  # of refusals and of other troubles
         while True:
+            number = secrets.token_bytes(NUMBER)  # Alice may still have connections of the last one
+            streams: list[trio.SocketStream] = []
             try:
-                with trio.fail_after(GREETING_SECONDS):
-                    stream = await trio.open_tcp_stream(self._address.host, self._address.port)
-                    try:
+                for kind in KINDS:
+                    with trio.fail_after(GREETING_SECONDS):
+                        there = await trio.open_tcp_stream(self._address.host, self._address.port)
+                        streams.append(there)
                         await greet(
-                            stream, self._signatures, kind, number, sends=Direction.BOB_TO_ALICE
+                            there, self._signatures, kind, number, sends=Direction.BOB_TO_ALICE
                         )
-                    except BaseException:
+            except BaseException as error:
+                with trio.CancelScope(shield=True):
+                    for stream in streams:
                         await trio.aclose_forcefully(stream)
-                        raise
-            except (LinkError, OSError, trio.BrokenResourceError, *_NOTHING) as error:
+                if not isinstance(error, (LinkError, OSError, trio.BrokenResourceError, *_NOTHING)):
+                    raise
                 # A refusal does not pass by itself.
                 pause = LONG_PAUSE if isinstance(error, LinkError) else PAUSE
                 if pause not in said and self._troubles.log(
@@ -330,7 +332,7 @@ class PartyFeed:
                     said.add(pause)
                 await trio.sleep(pause)
             else:
-                return stream
+                return streams
 
     async def _run_alice(self) -> None:
         listeners = await self._listeners()

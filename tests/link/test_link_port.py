@@ -36,14 +36,14 @@ from hybridkex.kme.link_feed import PartyFeed
 from hybridkex.kme.metrics import KmeMetrics
 from hybridkex.link import party, remote
 from hybridkex.link.authentication import Signatures
-from hybridkex.link.greeting import ACCEPTED, greet, greeted
+from hybridkex.link.greeting import ACCEPTED, NUMBER, greet, greeted
 from hybridkex.link.ledger import Direction, Position
 from hybridkex.link.optimise import tuned
 from hybridkex.link.presets import PRESETS
 from hybridkex.link.settings import LinkSettings
 from hybridkex.link.wire import HEADER, LIMITS, Hello, SessionEnded, Type
 from hybridkex.net.address import TcpAddress
-from hybridkex.net.reading import EndOfStream
+from hybridkex.net.reading import EndOfStream, read_exactly
 from hybridkex.net.threads import NoThread
 from hybridkex.net.token_bucket import TokenBucket
 from interop.ports import free_port
@@ -455,8 +455,9 @@ async def test_sessions_that_are_cut_use_up_the_ledger_slowly(
     bob.ledger.add(0, "a block before", bytes(512))
     began: list[float] = []
 
-    async def reach(*_: object) -> None:
+    async def reach() -> list[Any]:
         await trio.lowlevel.checkpoint()
+        return []
 
     async def session(*_: object) -> None:
         began.append(trio.current_time())
@@ -563,8 +564,8 @@ async def test_a_link_without_blocks_logs_a_bounded_number_of_lines(
     else:
         feed_ = feed("bob", 1, signatures, name="a to b")
 
-        async def reach(*_: object) -> Any:
-            return trio.testing.memory_stream_pair()[0]
+        async def reach() -> Any:
+            return trio.testing.memory_stream_pair()
 
         monkeypatch.setattr(feed_, "_reach", reach)
         monkeypatch.setattr(link_feed, "keep_alive", lambda _: None)
@@ -682,6 +683,35 @@ async def test_both_operators_read_which_credential_does_not_fit(
                 nursery.start_soon(feed(name, port, signatures, name=name).run)
             await trio_until(lambda: all(map(lines, said)))
             nursery.cancel_scope.cancel()
+
+
+async def test_bob_begins_another_session_after_a_greeting_that_was_cut(
+    signatures: dict[str, Signatures], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alice may still have a connection of the one before, and refuse a second of its kind."""
+    monkeypatch.setattr(link_feed, "PAUSE", 0.0)
+    answers = [b"", b"\1", b"", b"\1", b"\1"]
+    seen: list[bytes] = []
+
+    async def alice(stream: trio.SocketStream) -> None:
+        seen.append(await read_exactly(stream, 1 + NUMBER))
+        await stream.send_all(bytes(32))
+        await read_exactly(stream, int.from_bytes(await read_exactly(stream, 2)))
+        await stream.send_all(answers[len(seen) - 1])
+        await stream.aclose()
+
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+            nursery.start_soon(trio.serve_listeners, alice, [listener])
+            for stream in await feed("bob", listener.socket.getsockname()[1], signatures)._reach():
+                await stream.aclose()
+            nursery.cancel_scope.cancel()
+    assert [one[:1] for one in seen] == [b"C", b"C", b"Q", b"C", b"Q"]
+    first, second, cut, third, last = (one[1:] for one in seen)
+    assert second == cut
+    assert third == last
+    assert len({first, second, third}) == 3
 
 
 async def test_alice_says_that_she_waits(

@@ -21,13 +21,13 @@ from tunnel_glue import Tunnel, echo, exchange, receive_all, serving
 from waiting import PATIENCE, trio_until
 
 from hybridkex import DevCa, ServerConfig
-from hybridkex.apps.tunnel import TunnelConfig, TunnelSettings, WorkerPool
+from hybridkex.apps.tunnel import TunnelConfig, TunnelService, TunnelSettings, WorkerPool
 from hybridkex.auth.dev_ca import write_identity
 from hybridkex.cli import main
 from hybridkex.cli.actions.tunnel import _WORKER as WORKER
 from hybridkex.errors import ConfigError
 from hybridkex.machine import NO_MEMORY, leaves
-from hybridkex.net.address import UnixAddress
+from hybridkex.net.address import TcpAddress, UnixAddress
 
 
 @pytest.fixture
@@ -430,6 +430,29 @@ async def test_a_worker_that_hangs_delays_nothing_however_often_metrics_are_read
             for _ in range(400):
                 await pool.metrics()
             pool.close(0)
+
+
+async def test_a_signal_ends_a_service_that_waits_for_an_old_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hybridkex.apps.tunnel.workers.CLOSE_SECONDS", 0.5)
+    monkeypatch.setattr("hybridkex.apps.tunnel.workers.SURE_SECONDS", 0.1)
+    pool = WorkerPool([sys.executable, "-c", ONE_THAT + "say(ready=True); time.sleep(60)"])
+    tunnels = tuple(
+        replace(one, local=TcpAddress("127.0.0.1", 0)) for one in two_workers(tmp_path).tunnels[:1]
+    )
+    first = replace(two_workers(tmp_path), tunnels=tunnels, grace=0.0)
+    second = replace(first)
+    ended: list[int] = []
+    service = TunnelService(lambda: second, first, pool, on_end=ended.append)
+    with trio.fail_after(PATIENCE):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(service.run)
+            await trio_until(service._started.is_set)
+            os.kill(os.getpid(), signal.SIGHUP)
+            await trio_until(lambda: pool._settings is second)
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert ended == [signal.SIGTERM]
 
 
 async def test_what_one_process_uses_is_refused_until_the_restart(tmp_path: Path) -> None:

@@ -96,7 +96,8 @@ class TunnelService:
             LOG.setLevel(settings.log_level.upper())
             self._settings = settings
             LOG.info("reloaded")
-        self._say_ready()
+        if not self._ending:  # the listening sockets are closed then
+            self._say_ready()
 
     def _say_ready(self) -> None:
         for tunnel in self._settings.tunnels:

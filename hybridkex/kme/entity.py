@@ -144,6 +144,8 @@ class _Link:
     its keys are lost, as the other KME had promised them."""
     unsettled: set[str] = field(default_factory=set)
     """Blocks of requests that failed, though the store may have recorded their delivery."""
+    uncollected: set[tuple[str, str, str]] = field(default_factory=set)
+    """The same for promises: key ID, slave and master."""
     voids: TokenBucket = field(default_factory=lambda: TokenBucket(VOIDS_RATE, VOIDS_BURST))
     log: BoundedLog = field(default_factory=lambda: BoundedLog(LOG, rate=1 / 60, burst=5))
     """Rate-limits the lines that an SAE or the other KME can cause repeatedly."""
@@ -585,11 +587,15 @@ class KeyManagementEntity:
             await self._audit.check()
         try:
             found = await self._store.collect(link.target, key_ids, slave=slave, master=master)
+        except OutcomeUnknown:
+            link.uncollected.update((one, slave, master) for one in key_ids)
+            raise
         except KeyUnauthorized:
             raise ErrorResponse(401, "Unauthorized") from None
         except (KeyUnknown, KeyConsumed, KeyExpired):
             raise ErrorResponse(self.settings.not_found_status, Message.NOT_FOUND) from None
         collected = [key_id for key_id, _ in found]
+        link.uncollected.difference_update((one, slave, master) for one in collected)
         fields = self._fields("collected", link.target, collected, master, [slave])
         await self._note_delivery(link, collected, fields)
         self._metrics.delivered.labels(self.kme_id, "slave", slave).inc(len(found))
@@ -803,6 +809,12 @@ class KeyManagementEntity:
 
         The others are still in stock: the other end, which promised them, refuses the next request.
         """
+        if promises := sorted(link.uncollected):
+            ended = await self._store.delivered(link.target, promises)
+            gone = [one[0] for one in ended if one in link.uncollected]
+            link.uncollected.difference_update(promises)
+            if gone:
+                self._note_lost(link, "unrecorded", gone)
         unsettled = sorted(link.unsettled)
         if not unsettled:
             return

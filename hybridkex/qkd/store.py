@@ -363,6 +363,20 @@ class KeyStore(ABC):
 
         return await self._run(link, work, size=len(key_ids), sae=slave)
 
+    async def delivered(
+        self, link: str, promises: Iterable[tuple[str, str, str]]
+    ) -> list[tuple[str, str, str]]:
+        """Those of these promises (key ID, slave, master) that have ended as delivered."""
+
+        def work(db: _Db) -> list[tuple[str, str, str]]:
+            return [
+                (key_id, slave, master)
+                for key_id, slave, master in promises
+                if self._ends(db, link, key_id, master).get(slave) == "delivered"
+            ]
+
+        return await self._run(link, work, writes=False)
+
     async def discard(self, link: str, key_ids: Iterable[str]) -> list[str]:
         """Erase material that the other end lacks. Returns the erased IDs.
 

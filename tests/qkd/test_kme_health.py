@@ -31,7 +31,7 @@ from hybridkex.kme.settings import EntitySettings, KmeLimits
 from hybridkex.net.address import TcpAddress
 from hybridkex.qkd.etsi014.models import ErrorResponse, KeyRequest
 from hybridkex.qkd.sqlite_store import SqliteKeyStore
-from hybridkex.qkd.store import OutcomeUnknown, new_key_file, read_key_file
+from hybridkex.qkd.store import Allotment, OutcomeUnknown, new_key_file, read_key_file
 from hybridkex.secret import Secret
 from interop.ports import free_port
 
@@ -302,6 +302,43 @@ async def test_keys_of_an_uncertain_commit_are_counted_once(
     found = {kme: (why, float(n)) for kme, why, n in re.findall(pattern, metrics.text().decode())}
     why = "unrecorded" if committed else "refused"
     assert found == {"kme-a": (why, 4.0), "kme-b": ("voided", 2.0)}
+
+
+@pytest.mark.parametrize("committed", [True, False])
+async def test_keys_whose_collection_is_uncertain_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, committed: bool
+) -> None:
+    """If the database had committed, the slave never gets them; otherwise it may ask again."""
+    store, metrics = SqliteKeyStore(tmp_path / "keys.db", Secret(bytes(32))), KmeMetrics()
+    settings = EntitySettings(id="kme-b", saes=frozenset({"b"}), peers={"kme-a": frozenset({"a"})})
+    kme = KeyManagementEntity(settings, store=store, metrics=metrics)
+    ids = [str(uuid4()) for _ in range(3)]
+    keys = tuple(Allotment(blocks=(one,), size=32, value=Secret(bytes(32))) for one in ids)
+    await store.accept("kme-a", keys, master="a", slaves=["b"])
+    collect = store.collect
+
+    async def lost(*arguments: Any, **named: Any) -> None:
+        if committed:
+            await collect(*arguments, **named)
+        raise OutcomeUnknown("the server was killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "collect", lost)
+        with pytest.raises(OutcomeUnknown):
+            await kme.get_key_with_ids("b", "a", ids[:2])
+    with suppress(ErrorResponse):
+        assert len((await kme.get_key_with_ids("b", "a", ids[:1])).keys) == 1
+        assert not committed
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(kme.maintain, 0.01)
+        with trio.fail_after(20):
+            while kme._links["kme-a"].uncollected:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+        nursery.cancel_scope.cancel()
+    await store.aclose()
+    number = "2.0" if committed else "0.0"
+    line = f'keys_lost_total{{kme="kme-b",link="kme-a",reason="unrecorded"}} {number}'
+    assert line in metrics.text().decode()
 
 
 async def test_counters_of_a_link_begin_at_zero(tmp_path: Path) -> None:

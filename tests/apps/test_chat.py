@@ -26,7 +26,7 @@ import trio
 import trio.testing
 from apps_glue import Kmes, Process, descriptors, small_disk
 from forked import Forkserver
-from waiting import trio_until
+from waiting import PATIENCE, trio_until
 
 from examples.chat.client import Client
 from examples.chat.hub import Hub, _Member
@@ -766,17 +766,19 @@ async def test_a_seat_that_cannot_be_freed_now(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk is full when a client has been away for too long."""
-    full = True
+    full, tried = True, 0
     apply = store.apply
 
     def apply_or_fail(changes: Iterable[Change]) -> list[list[Entry]]:
+        nonlocal tried
         if full:
+            tried += 1
             raise ChatError("cannot write the store: database or disk is full")
         return apply(changes)
 
-    hub = Hub(store, away=0.02)
+    hub = Hub(store, away=0.5)
     ours, theirs = trio.testing.memory_stream_pair()
-    with trio.fail_after(10):
+    with trio.fail_after(PATIENCE):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(hub.run)
             nursery.start_soon(hub.serve, theirs, "peer")
@@ -784,7 +786,7 @@ async def test_a_seat_that_cannot_be_freed_now(
             assert isinstance(await Frames(ours).receive(), Welcome)
             monkeypatch.setattr(store, "apply", apply_or_fail)
             await ours.aclose()
-            await trio.sleep(0.1)
+            await trio_until(lambda: tried > 1)
             assert list(hub._members) == ["away"]
             full = False
             await trio_until(lambda: not hub._members)

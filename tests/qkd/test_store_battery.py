@@ -13,6 +13,7 @@ from typing import Any, Final, LiteralString
 import pytest
 import trio
 from postgres_server import PostgresServer, postgres_server
+from waiting import trio_until
 
 from benchmarks.processes import cpu
 from hybridkex.errors import (
@@ -836,10 +837,12 @@ class LargeStock:
     async def processor_time(self) -> float:
         """Of the server's processes, once those for our connections have ended."""
         assert self._server.process is not None
-        with trio.fail_after(10):
-            while self._ask(_OTHERS):  # noqa: ASYNC110
-                await trio.sleep(0.01)
+        await self._alone()
         return cpu(self._server.process.pid, children=True)
+
+    async def _alone(self) -> None:
+        """The server's processes tell what they have read when they end, and not always before."""
+        await trio_until(lambda: not self._ask(_OTHERS))
 
     def open(self, seal_key: Secret = SEAL, *read_keys: Secret) -> KeyStore:
         return postgres_store(self._server, self._schema, seal_key=seal_key, read_keys=read_keys)
@@ -856,14 +859,13 @@ class LargeStock:
 
     async def rows_read(self, work: Callable[[KeyStore], Awaitable[None]], *keys: Secret) -> int:
         """How many rows the database has read for some work."""
+        await self._alone()
         before = self._ask(_READ)
         store = self.open(*keys)
         await work(store)
         await store.aclose()
-        with trio.fail_after(10):
-            while (read := self._ask(_READ) - before) == 0:  # noqa: ASYNC110  # told late
-                await trio.sleep(0.1)
-        return read
+        await self._alone()
+        return self._ask(_READ) - before
 
 
 async def test_the_work_does_not_grow_with_the_stock(large: LargeStock) -> None:

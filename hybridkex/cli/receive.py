@@ -44,7 +44,7 @@ COMMAND: Final = Command(
         "receive incoming --ca ca.pem --cert cert.pem --key key.pem",
         "receive incoming --once --port 0 --port-file port --pin HEX --key key.pem",
     ],
-    status="0 after --once, SIGTERM or SIGINT, 1 after an error",
+    status="0 after --once or SIGTERM, 130 after SIGINT, 1 after an error",
     notes="See docs/file-transfer.md.",
     action=Action("receive", ReceiveOptions),
     preset={"alpn": [TRANSFER_PROTOCOL]},

@@ -17,6 +17,7 @@ import numpy as np
 import trio
 from numpy.typing import NDArray
 
+from hybridkex.errors import LinkError
 from hybridkex.link.physics import Channel, Light, Source
 from hybridkex.link.randomness import Randomness
 from hybridkex.net.event_loop import in_thread
@@ -71,13 +72,19 @@ def sample(
     first: int,
     randomness: Randomness,
 ) -> tuple[Sent, Detections]:
-    """The next ``count`` detections from pulse ``first``, and the settings of their pulses."""
+    """The next ``count`` detections from pulse ``first``, and the settings of their pulses.
+
+    Raises ``LinkError`` where the pulses cannot be counted: between two detections there are more
+    than 2^32, or more than 2^62 in all.
+    """
     response = transmitter.response(channel, light)
     errors = [wrong / gain if gain else 0.0 for gain, wrong in response]
     weights = np.array(transmitter.probabilities) * np.array([gain for gain, _ in response])
     # A dead time only moves what comes after it.
     steps = randomness.gaps(float(weights.sum()), count) + channel.dead_pulses
     steps[0] -= channel.dead_pulses if first == 0 else 0
+    if first + steps.sum(dtype=np.float64) > 2.0**62:
+        raise LinkError("more than 2^62 pulses have passed: the loss or the dead time is too high")
     pulse = first - 1 + np.cumsum(steps)
     intensity = randomness.choice(weights, count)
     test = 1.0 - transmitter.key_basis_probability

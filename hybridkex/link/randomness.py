@@ -7,13 +7,17 @@ cipher, apart for each purpose.
 import hashlib
 import os
 from collections.abc import Callable
+from typing import Final
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from numpy.typing import NDArray
 
+from hybridkex.errors import LinkError
 from hybridkex.link.ranges import whole
+
+TOO_FEW_DETECTIONS: Final = "more than 2^32 pulses passed without a detection: the loss is too high"
 
 
 class Randomness:
@@ -67,9 +71,15 @@ class Randomness:
         return chosen
 
     def gaps(self, probability: float, count: int) -> NDArray[np.int64]:
-        """Geometric numbers from 1: trials up to and including the first success."""
+        """Geometric numbers from 1: trials up to and including the first success.
+
+        Raises ``LinkError`` if one is above 2^32.
+        """
         if probability >= 1.0:
             return np.ones(count, dtype=np.int64)
-        failures = np.floor(np.log(self.uniform(count)) / np.log1p(-probability))
+        likely = max(probability, 2.0**-64)  # whose gaps are too long already
+        failures = np.floor(np.log(self.uniform(count)) / np.log1p(-likely))
+        if failures.max(initial=0.0) >= 1 << 32:
+            raise LinkError(TOO_FEW_DETECTIONS)
         trials: NDArray[np.int64] = 1 + failures.astype(np.int64)
         return trials

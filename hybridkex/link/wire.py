@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from hybridkex.errors import LinkAuthenticationError, LinkError
 from hybridkex.link.ledger import Direction, Position
+from hybridkex.link.randomness import TOO_FEW_DETECTIONS
 
 VERSION: Final = 3
 HEADER: Final = struct.Struct(">BI")
@@ -158,9 +159,7 @@ class Report:
     def encode(self) -> bytes:
         gaps = np.diff(self.pulse)
         if len(gaps) and int(gaps.max()) >= 1 << 32:
-            raise LinkError(
-                "more than 2^32 pulses passed without a detection: the loss is too high"
-            )
+            raise LinkError(TOO_FEW_DETECTIONS)
         return (
             struct.pack(">IQ", len(self.pulse), int(self.pulse[0]))
             + gaps.astype(">u4").tobytes()

@@ -1,6 +1,7 @@
 """Sampled light against the closed forms, and against light pulse by pulse."""
 
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -431,3 +432,25 @@ async def test_bob_has_the_light_that_alice_has_a_record_of(
         with trio.fail_after(1000):
             await until_over("bob", ask)
     assert bool(over) is (how != "held back")
+
+
+@pytest.mark.parametrize("probability", [0.0, 1e-320, 1e-30, 1e-20, 1e-12])
+def test_pulses_that_cannot_be_counted_are_refused(probability: float) -> None:
+    """On the wire a gap has 32 bits; NumPy would make a negative number of a larger one."""
+    with pytest.raises(LinkError, match="the loss is too high"):
+        Randomness.seeded(1, "test").gaps(probability, 1000)
+    assert Randomness.seeded(1, "test").gaps(1e-7, 1000).max() < 1 << 32
+
+
+def test_pulses_of_a_long_dead_time_are_counted_or_refused() -> None:
+    used = PRESETS["rusca2018"]
+    channel = replace(used.channel, dead_time_s=1.0, repetition_rate_hz=1e12)
+    for first, fits in ((0, True), (2**61, True), (2**62, False)):
+        arguments = (channel, used.transmitter, channel, 100)
+        if fits:
+            _, seen = sample(*arguments, first=first, randomness=Randomness.seeded(1, "test"))
+            assert (np.diff(seen.pulse) >= channel.dead_pulses).all()
+            assert seen.pulse[0] >= first
+        else:
+            with pytest.raises(LinkError, match="2\\^62"):
+                sample(*arguments, first=first, randomness=Randomness.seeded(1, "test"))

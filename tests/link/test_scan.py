@@ -614,6 +614,17 @@ def test_a_link_that_stops_does_not_end_a_scan(eve: str) -> None:
     assert rows[1]["seconds"] > 0
 
 
+@pytest.mark.parametrize("distance", [650, 800, 2000])
+@pytest.mark.parametrize("name", ["rusca2018", "bbm92"])
+def test_a_distance_at_which_nothing_arrives_has_a_row(name: str, distance: float) -> None:
+    point = {"preset": name, "block_bits": 1000, "tuned": False, "dark_count_probability": 0.0}
+    rows = scan([{**point, "distance_km": distance}, {**point, "distance_km": 1}], blocks=1)
+    assert rows[0]["blocks_aborted"] == 1
+    assert rows[0]["rate"] == 0
+    assert rows[0]["seconds"] >= 0
+    assert rows[1]["seconds"] > 0
+
+
 @pytest.mark.parametrize("ending", [".csv", ".json", ".parquet", ".npz", ".svg", ".png"])
 def test_the_ending_of_a_file_may_be_in_capitals(ending: str, tmp_path: Path) -> None:
     for name in (ending.upper(), ending.title()):

@@ -372,7 +372,7 @@ async def test_while_one_kme_is_full_the_session_waits_and_no_key_is_lost(
     monkeypatch.setattr(link_feed, "SLOW", 0.1)
     monkeypatch.setattr(link_feed, "LATE", 0.05)
     monkeypatch.setattr(remote, "LATE", 0.05)
-    monkeypatch.setitem(party._Party.__init__.__kwdefaults__, "timeout", 0.5)
+    monkeypatch.setitem(party._Party.__init__.__kwdefaults__, "timeout", 2.0)
     port = free_port()
     feeds = {name: feed(name, port, signatures) for name in ("alice", "bob")}
     taken: dict[str, list[str]] = {name: [] for name in feeds}
@@ -395,7 +395,7 @@ async def test_while_one_kme_is_full_the_session_waits_and_no_key_is_lost(
                 nursery.start_soon(kme, name)
             for event in begun.values():
                 await event.wait()
-            await trio.sleep(1.5)
+            await trio.sleep(3.0)
             assert "no block is begun" in caplog.text
             assert caplog.text.count("light is late") == (full == "alice")
             room.set()

@@ -25,7 +25,9 @@ a ``.parquet`` file has the columns, and the JSON as the value ``hybridkex`` of 
      "channel": {"receiver_efficiency": 0.2, ...},          fields of Channel
      "security": {"secrecy": 1e-9, "correctness": 1e-15}}   optional
 
-The decoy check compares the detections with the channel, and the clock rate comes from it.
+The decoy check compares the detections with the channel, and the clock rate comes from it. A field
+that is left out has the default of :class:`~hybridkex.link.physics.Channel`: a clock of 1 GHz, for
+example.
 """
 
 import io

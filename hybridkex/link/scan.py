@@ -104,9 +104,7 @@ def grid(axes: Mapping[str, Sequence[Any]]) -> list[Row]:
     if math.prod(map(len, axes.values())) > MOST_POINTS:
         raise ConfigError(f"a scan has at most {MOST_POINTS:,} points")
     for name in axes:
-        if name not in OWN and name not in _parameters(preset("lim2014")) | _parameters(
-            preset("bbm92")
-        ):
+        if name not in OWN and name not in _parameters():
             raise ConfigError(
                 f"unknown setting {name!r}: use {', '.join(OWN)} or a field of the channel, the "
                 "source or the security"
@@ -114,8 +112,10 @@ def grid(axes: Mapping[str, Sequence[Any]]) -> list[Row]:
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
-def _parameters(chosen: Preset) -> set[str]:
-    parts = (chosen.channel, chosen.transmitter, chosen.security)
+def _parameters() -> set[str]:
+    """The settings of presets, of laser pulses and of pairs."""
+    chosen = preset("lim2014"), preset("bbm92")
+    parts = [part for one in chosen for part in (one.channel, one.transmitter, one.security)]
     return {one.name for part in parts for one in fields(part)} | {"efficiency"}
 
 
@@ -430,10 +430,11 @@ def _kind(path: Path) -> str:
 
 def _column(name: str, values: list[Any]) -> Any:
     """A column of Parquet, which has one type: in all files that of :data:`TYPES`, whatever is
-    empty; of other columns, that of their values. Values of several types become text."""
+    empty, and that of settings, whole numbers or not; of other columns, that of their values.
+    Values of several types become text."""
     import pyarrow  # noqa: PLC0415  # an extra
 
-    for kind in (TYPES.get(name), None):
+    for kind in (TYPES.get(name, "float64" if name in _parameters() else None), None):
         with suppress(pyarrow.ArrowException, OverflowError):
             return pyarrow.array(values, kind)
     return pyarrow.array([None if one is None else str(one) for one in values])

@@ -371,7 +371,7 @@ def test_a_scan_on_many_processes_that_is_killed(tmp_path: Path, fault: Any) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", [*OWN, *sorted(_parameters(preset("lim2014")))])
+@pytest.mark.parametrize("name", [*OWN, *sorted(_parameters())])
 @pytest.mark.parametrize("value", ["a:b", math.inf, math.nan, True, [1, "a"], None, {}])
 def test_a_setting_of_the_wrong_type(name: str, value: Any) -> None:
     """Refused, or a value that the setting has: never a traceback, never a rate of zero."""
@@ -521,6 +521,11 @@ def test_a_column_of_parquet_has_one_type_in_all_files(tmp_path: Path) -> None:
         schemas.append(parquet.read_schema(path))
     assert schemas[0] == schemas[1] == schemas[2]
     assert "null" not in map(str, schemas[0].types)
+    for name in ("dead_time_s", "misalignment", "efficiency", "attenuation_db_per_km", "secrecy"):
+        for number, values in enumerate([[1], [0, 0.5], [None], [1, None]]):
+            path = tmp_path / f"{name}{number}.parquet"
+            write_scan(path, [{name: value, "rate": 1} for value in values])
+            assert str(parquet.read_schema(path).field(name).type) == "double"
 
 
 def test_values_of_several_types_in_a_column_lose_no_row(tmp_path: Path) -> None:

@@ -493,6 +493,30 @@ def test_a_wait_for_a_key_that_is_cancelled(
     run(main())
 
 
+class LosingSource:
+    """A PSK source that fails in the turn in which the connection is lost.
+
+    A class of its own for each test would stay: some versions of Python 3.12 keep each class whose
+    protocol is checked, with all that its functions refer to (gh-118013).
+    """
+
+    transport: asyncio.Transport
+
+    def __init__(self, failure: Exception) -> None:
+        self._failure = failure
+
+    def authorize(self, session: Any, missing: str | None) -> Any:
+        raise AssertionError
+
+    async def offer(self) -> Any:
+        await asyncio.sleep(0)
+        self.transport.abort()  # asyncio calls connection_lost before the task's callbacks
+        raise self._failure
+
+    async def look_up(self, identities: tuple[bytes, ...]) -> Any:
+        raise AssertionError
+
+
 @pytest.mark.parametrize("kind", [KeySourceExhausted, Boom])
 def test_a_psk_source_fails_in_the_turn_in_which_the_connection_is_lost(
     run: Run, client_config: ClientConfig, kind: type[Exception]
@@ -500,21 +524,7 @@ def test_a_psk_source_fails_in_the_turn_in_which_the_connection_is_lost(
     """The failure is the reason, and one that the source did not expect is reported."""
     lost, failure = Losing(), kind("in the source")
 
-    class Source:
-        transport: asyncio.Transport
-
-        def authorize(self, session: Any, missing: str | None) -> Any:
-            raise AssertionError
-
-        async def offer(self) -> Any:
-            await asyncio.sleep(0)
-            self.transport.abort()  # asyncio calls connection_lost before the task's callbacks
-            raise failure
-
-        async def look_up(self, identities: tuple[bytes, ...]) -> Any:
-            raise AssertionError
-
-    source = Source()
+    source = LosingSource(failure)
     config = replace(client_config, psk_source=source, policy=Policy(psk=Requirement.REQUIRE))
 
     async def main() -> None:

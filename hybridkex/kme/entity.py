@@ -20,7 +20,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, TypeVar
 
 import trio
 
@@ -116,6 +116,9 @@ COUNT_EVERY: Final = 1.0
 """Seconds between two counts of a stock that was full: keys also leave it unnoted, by their age or
 through another process. (A notice of each delivery would cost more: PostgreSQL lets one transaction
 with a NOTIFY commit at a time.)"""
+
+
+_Unsettled = TypeVar("_Unsettled", str, tuple[str, str, str])
 
 
 @dataclass(kw_only=True)
@@ -541,12 +544,13 @@ class KeyManagementEntity:
             return []
         gone = await self._store.discard(link.target, key_ids)
         link.unsettled.difference_update(gone)
-        if gone:
-            self._note_lost(link, reason, gone)
-            link.note_gone(len(gone))
+        self._note_lost(link, reason, gone)
+        link.note_gone(len(gone))
         return gone
 
     def _note_lost(self, link: _Link, reason: str, key_ids: Sequence[str]) -> None:
+        if not key_ids:
+            return
         self._metrics.lost.labels(self.kme_id, link.target, reason).inc(len(key_ids))
         LOG.info(
             "%s: erased keys of the link to %s, %s: %s",
@@ -680,9 +684,8 @@ class KeyManagementEntity:
         if ignored:
             self._note_excess(link, "voids", len(ignored))
         erased = await self._store.void(peer, [one for one in key_ids if one not in ignored])
-        if erased:
-            self._note_lost(link, "voided", sorted(erased))
-            link.note_gone(len(erased))
+        self._note_lost(link, "voided", sorted(erased))
+        link.note_gone(len(erased))
 
     async def peer_checks(self, peer: str, key_ids: Sequence[str]) -> list[str]:
         """Which of these blocks we lack (check message)."""
@@ -809,21 +812,11 @@ class KeyManagementEntity:
 
         The others are still in stock: the other end, which promised them, refuses the next request.
         """
-        if promises := sorted(link.uncollected):
-            ended = await self._store.delivered(link.target, promises)
-            gone = [one[0] for one in ended if one in link.uncollected]
-            link.uncollected.difference_update(promises)
-            if gone:
-                self._note_lost(link, "unrecorded", gone)
-        unsettled = sorted(link.unsettled)
-        if not unsettled:
-            return
-        lost = await self._store.unknown(link.target, unsettled)
-        lost = [one for one in lost if one in link.unsettled]  # not erased and counted meanwhile
-        link.unsettled.difference_update(unsettled)
-        if lost:
-            self._note_lost(link, "unrecorded", lost)
-            await self._tell_void(link, lost)
+        promises = await _recorded(link, link.uncollected, self._store.delivered)
+        self._note_lost(link, "unrecorded", [key_id for key_id, _, _ in promises])
+        blocks = await _recorded(link, link.unsettled, self._store.unknown)
+        self._note_lost(link, "unrecorded", blocks)
+        await self._tell_void(link, blocks)
 
     def renew_soon(self) -> None:
         """The sealing key may have changed: encrypt the stored keys under the current one."""
@@ -865,6 +858,19 @@ class KeyManagementEntity:
                 await self._store.settle(job, 0)  # at the next opportunity, by anybody
             raise
         await self._store.settle(job, CHECK_EVERY)
+
+
+async def _recorded(
+    link: _Link, unsettled: set[_Unsettled], look: Callable[..., Awaitable[list[_Unsettled]]]
+) -> list[_Unsettled]:
+    """Empty a set of a link. Returns those that the store recorded as delivered."""
+    asked = sorted(unsettled)
+    if not asked:
+        return []
+    found = await look(link.target, asked)
+    found = [one for one in found if one in unsettled]  # not erased and counted meanwhile
+    unsettled.difference_update(asked)
+    return found
 
 
 async def _repeated(every: float, work: Callable[..., Awaitable[None]], *arguments: object) -> None:

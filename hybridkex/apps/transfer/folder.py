@@ -278,9 +278,8 @@ class Folder:
         path = offer.path
         check_path(path)
         with errors_of(path):
-            handles.get(
-                (PARTIAL,), make=True
-            )  # which tells the next receiver if this one is killed
+            # Its presence tells the next receiver if this one is killed.
+            handles.get((PARTIAL,), make=True)
             parent = handles.get(path[:-1], make=True)
             mode = offer.mode & 0o777 | stat.S_IRWXU
             try:

@@ -126,12 +126,12 @@ class _Worker:
 
     async def _obey(self) -> None:
         async for message in messages(self._stream):
+            if "go" in message:
+                self._go.set()
             if "close" in message:
                 grace = message["close"]
                 self._server.close(math.inf if grace is None else grace)
-            if "go" in message or "close" in message:
                 self._go.set()
-            if "close" in message:
                 await self._server.closed.wait()
                 await self._say(closed=True)
             if "metrics" in message:

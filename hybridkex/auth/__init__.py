@@ -5,56 +5,30 @@ from typing import TYPE_CHECKING, Final
 from hybridkex.lazy_names import lazy_names
 
 if TYPE_CHECKING:
-    from hybridkex.auth.certificates import PeerCertificate, spki_sha256
-    from hybridkex.auth.dev_ca import DevCa
-    from hybridkex.auth.identity import Identity
-    from hybridkex.auth.known_peers import KnownPeers
-    from hybridkex.auth.names import (
-        DnsName,
-        IpAddress,
-        PeerName,
-        canonical_peer_name,
-        parse_peer_name,
-    )
-    from hybridkex.auth.raw_keys import PeerRawKey, RawIdentity
-    from hybridkex.auth.verified import (
-        ClientKeyVerifier,
-        ClientVerifier,
-        Presented,
-        Refreshable,
-        ServerKeyVerifier,
-        ServerVerifier,
-        VerifiedPeer,
-    )
-    from hybridkex.auth.verify import InsecureNoVerification, Pins, TrustStore
-    from hybridkex.auth.web_of_trust import WebOfTrust, endorsement
-
-__all__ = [
-    "ClientKeyVerifier",
-    "ClientVerifier",
-    "DevCa",
-    "DnsName",
-    "Identity",
-    "InsecureNoVerification",
-    "IpAddress",
-    "KnownPeers",
-    "PeerCertificate",
-    "PeerName",
-    "PeerRawKey",
-    "Pins",
-    "Presented",
-    "RawIdentity",
-    "Refreshable",
-    "ServerKeyVerifier",
-    "ServerVerifier",
-    "TrustStore",
-    "VerifiedPeer",
-    "WebOfTrust",
-    "canonical_peer_name",
-    "endorsement",
-    "parse_peer_name",
-    "spki_sha256",
-]
+    from hybridkex.auth.certificates import PeerCertificate as PeerCertificate
+    from hybridkex.auth.certificates import spki_sha256 as spki_sha256
+    from hybridkex.auth.dev_ca import DevCa as DevCa
+    from hybridkex.auth.identity import Identity as Identity
+    from hybridkex.auth.known_peers import KnownPeers as KnownPeers
+    from hybridkex.auth.names import DnsName as DnsName
+    from hybridkex.auth.names import IpAddress as IpAddress
+    from hybridkex.auth.names import PeerName as PeerName
+    from hybridkex.auth.names import canonical_peer_name as canonical_peer_name
+    from hybridkex.auth.names import parse_peer_name as parse_peer_name
+    from hybridkex.auth.raw_keys import PeerRawKey as PeerRawKey
+    from hybridkex.auth.raw_keys import RawIdentity as RawIdentity
+    from hybridkex.auth.verified import ClientKeyVerifier as ClientKeyVerifier
+    from hybridkex.auth.verified import ClientVerifier as ClientVerifier
+    from hybridkex.auth.verified import Presented as Presented
+    from hybridkex.auth.verified import Refreshable as Refreshable
+    from hybridkex.auth.verified import ServerKeyVerifier as ServerKeyVerifier
+    from hybridkex.auth.verified import ServerVerifier as ServerVerifier
+    from hybridkex.auth.verified import VerifiedPeer as VerifiedPeer
+    from hybridkex.auth.verify import InsecureNoVerification as InsecureNoVerification
+    from hybridkex.auth.verify import Pins as Pins
+    from hybridkex.auth.verify import TrustStore as TrustStore
+    from hybridkex.auth.web_of_trust import WebOfTrust as WebOfTrust
+    from hybridkex.auth.web_of_trust import endorsement as endorsement
 
 _HOMES: Final = {
     "hybridkex.auth.certificates": ("PeerCertificate", "spki_sha256"),
@@ -81,6 +55,7 @@ _HOMES: Final = {
     "hybridkex.auth.verify": ("InsecureNoVerification", "Pins", "TrustStore"),
     "hybridkex.auth.web_of_trust": ("WebOfTrust", "endorsement"),
 }
+__all__ = [name for names in _HOMES.values() for name in names]
 
 if not TYPE_CHECKING:  # or a type checker would take any name for one of this package
     __getattr__ = lazy_names(__name__, _HOMES)

@@ -940,6 +940,8 @@ class SecureTransport(transports._FlowControlMixin):
         """Process ``connection_lost`` of the transport below."""
         if self._task is not None and self._task.done():
             self._answered(self._task)  # it may have refused the session in this turn of the loop
+        if self._pads is not None and self._pads.error is not None:
+            self._fail(self._pads.error)  # found in this turn, and not reported yet
         was, self._state = self._state, _CLOSED
         self._stop()
         self._leave()

@@ -6,7 +6,7 @@ engine is dead: every later call raises, and ``data_to_send`` still holds the al
 """
 
 from collections.abc import Callable
-from typing import Final
+from typing import Final, TypeVar
 
 from hybridkex.auth import DnsName, IpAddress, parse_peer_name
 from hybridkex.constants import Alert
@@ -40,6 +40,7 @@ _MAX_WARNINGS = 4
 """``user_canceled`` alerts that are ignored; any more are an attack or a bug."""
 
 State = client.ClientState | server.ServerState | ClientTraffic | ServerTraffic
+E = TypeVar("E", bound=BaseException)
 
 # Tuples, made once: a union is built anew in every call, and isinstance takes longer over it.
 _WAIT_PSK: Final = (client.WaitPsk, server.WaitPsk)
@@ -598,7 +599,10 @@ def connection_for(
     return ServerConnection(config)
 
 
-def _without_traceback(error: HybridkexError) -> HybridkexError:
-    copy = type(error).__new__(type(error), *error.args)
+def _without_traceback(error: E) -> E:
+    """A copy of an error and of its causes."""
+    copy, cause = type(error).__new__(type(error), *error.args), error.__cause__
     copy.__dict__.update(error.__dict__)
+    if cause is not None and cause is not error:
+        copy.__cause__ = _without_traceback(cause)
     return copy

@@ -12,6 +12,7 @@ import resource
 import socket
 import struct
 import sys
+import time
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +22,14 @@ import pytest
 from aio_glue import Losing, Run, closed, connect, echo, plain_server, serving
 from waiting import asyncio_until
 
-from hybridkex import ClientConfig, Policy, QkdPskSource, Requirement, ServerConfig
+from hybridkex import (
+    ClientConfig,
+    OneTimePad,
+    Policy,
+    QkdPskSource,
+    Requirement,
+    ServerConfig,
+)
 from hybridkex.aio import (
     SecureConnectionError,
     SecureTransport,
@@ -35,9 +43,12 @@ from hybridkex.errors import (
     InternalError,
     KeySourceExhausted,
     LocalStateError,
+    PadExhausted,
     TruncationError,
 )
 from hybridkex.qkd.in_process import in_process_pair
+from hybridkex.shell import pad_filler
+from hybridkex.tls.session import Session
 
 CALLBACKS = ("connection_made", "data_received", "eof_received", "get_buffer", "buffer_updated")
 
@@ -538,6 +549,46 @@ def test_a_psk_source_fails_in_the_turn_in_which_the_connection_is_lost(
             assert [context["exception"] for context in told] == ([failure] if boom else [])
             await asyncio_until(lambda: bool(lost.lost))
             assert lost.lost == [caught.value]
+
+    run(main())
+
+
+def test_a_pad_ends_in_the_turn_in_which_the_connection_is_lost(
+    run: Run,
+    client_config: ClientConfig,
+    server_config: ServerConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No key has come in time. That is the reason, although its report comes a turn later."""
+    shared: dict[str, Any] = {
+        "one_time_pad": OneTimePad(deadline=3600),
+        "policy": Policy(psk=Requirement.PREFER),
+    }
+    ours, theirs = map(QkdPskSource, in_process_pair("alice", "bob"))
+    client = replace(client_config, psk_source=ours, **shared)
+    server = replace(server_config, psk_source=theirs, tickets=None, **shared)
+    lost = Losing()
+
+    async def main() -> None:
+        async with serving(server) as port:
+            transport, _ = await create_connection(
+                lambda: lost, "127.0.0.1", port, client, server_hostname="localhost"
+            )
+
+            def late() -> float:
+                """An hour later, the connection has just been cut."""
+                transport._raw.abort()  # type: ignore[union-attr]
+                return time.monotonic() + 7200
+
+            async def no_key(session: Session) -> Any:
+                monkeypatch.setattr(pad_filler, "current_time", late)
+                raise KeySourceExhausted("no key is left")
+
+            monkeypatch.setattr(ours, "draw_for_pad", no_key)
+            transport.write(b"data")
+            await asyncio_until(lambda: bool(lost.lost))
+            assert isinstance(lost.lost[0], SecureConnectionError)
+            assert isinstance(lost.lost[0].__cause__, PadExhausted)
 
     run(main())
 

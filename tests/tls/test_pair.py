@@ -1,5 +1,6 @@
 """The engine against itself: whatever two configurations can agree on, and what they cannot."""
 
+import errno
 import os
 from dataclasses import replace
 from typing import Any
@@ -34,6 +35,7 @@ from hybridkex.errors import (
     HandshakeFailure,
     HandshakeTimeout,
     IllegalParameter,
+    KeySourceUnavailable,
     LocalStateError,
     MissingExtension,
     NoApplicationProtocol,
@@ -1108,6 +1110,38 @@ def test_any_other_alert_ends_the_connection(trust: TrustStore, identity: Identi
             pair.pump()
         assert caught.value.alert == number
         assert not pair.server.has_data_to_send  # no alert in answer to an alert
+
+
+def refuse_without_a_key() -> None:
+    try:
+        try:
+            os.close(-1)
+        except OSError as error:
+            raise KeySourceUnavailable("no answer") from error
+    except KeySourceUnavailable as error:
+        raise PolicyRefused("no QKD key") from error
+
+
+def test_a_failed_engine_keeps_the_causes_of_its_error_and_no_frames(identity: Identity) -> None:
+    server = ServerConnection(ServerConfig(identities=(identity,)))
+    with pytest.raises(PolicyRefused) as refused:
+        refuse_without_a_key()
+    server.abort(refused.value)
+    with pytest.raises(LocalStateError) as later:
+        server.receive_data(b"x")
+    kept: BaseException = later.value
+    for kind, text in (
+        (PolicyRefused, "no QKD key"),
+        (KeySourceUnavailable, "no answer"),
+        (OSError, str(OSError(errno.EBADF, os.strerror(errno.EBADF)))),
+    ):
+        assert kept.__cause__ is not None
+        kept = kept.__cause__
+        assert (type(kept), str(kept)) == (kind, text)
+        assert kept.__traceback__ is kept.__context__ is None
+    theirs = refused.value.__cause__
+    assert theirs is not None
+    assert theirs.__traceback__ is not None, "the error of the source was changed"
 
 
 @pytest.mark.parametrize("answered", [False, True])

@@ -108,12 +108,12 @@ def explained(folder: Path, elsewhere: str) -> Iterator[None]:
     try:
         yield
     except Exception:
-        _try(folder, elsewhere)
+        check_room(folder, elsewhere)
         raise
 
 
-def _try(folder: Path, elsewhere: str) -> None:
-    """Raise ``LocalStateError`` where a folder has no room."""
+def check_room(folder: Path, elsewhere: str) -> None:
+    """Raise ``LocalStateError`` where a folder has no room; ``elsewhere`` names another one."""
     if not folder.is_dir():
         raise LocalStateError(
             f"another program removed the folder {folder} while it was in use; run the command "

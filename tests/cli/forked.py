@@ -79,6 +79,8 @@ def become(request: dict[str, Any]) -> NoReturn:
         os.setgroups([])
         os.setgid(NOBODY)
         os.setuid(NOBODY)
+    if request["patience"] is not None:
+        importlib.import_module("hybridkex.cli.threads").PATIENCE = request["patience"]
     sys.argv = ["hybridkex", *request["words"]]
     try:
         status = importlib.import_module(request["program"]).main()
@@ -218,6 +220,7 @@ class Forkserver:
         stderr: IO[bytes] | None = None,
         unprivileged: bool = False,
         limits: Mapping[str, int] | None = None,
+        patience: float | None = None,
         without: Sequence[str] = (),
         to_the_end: bool = False,
         program: str = "hybridkex.cli",
@@ -234,6 +237,7 @@ class Forkserver:
             unprivileged: run as nobody, if the tests run as root, who may read every file.
             limits: of the process (getrlimit(2)); of RLIMIT_AS what it may have beside what it has
                 at its beginning.
+            patience: seconds that it waits for a new thread to begin, if not the usual ones.
             without: packages that are not there.
             to_the_end: take the interpreter apart as always, which writes once more what it could
                 not write before; 0.1 s.
@@ -245,6 +249,7 @@ class Forkserver:
             "environment": dict(environment or {}),
             "unprivileged": unprivileged,
             "limits": dict(limits or {}),
+            "patience": patience,
             "without": list(without),
             "to_the_end": to_the_end,
             "program": program,

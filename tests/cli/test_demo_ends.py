@@ -9,9 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+from forked import Forkserver, Running
 from waiting import until
 
 MOMENTS = random.Random(38)
+LATEST = 2.0
+"""Seconds: by then all processes of both commands run, and neither command is near its end."""
 
 
 def processes_of(folder: Path) -> list[str]:
@@ -44,7 +47,18 @@ def test_a_command_in_the_background_can_be_ended(
 ) -> None:
     """``nohup hybridkex demo &`` in a script: SIGINT, SIGQUIT and SIGHUP are ignored, until the
     command itself takes care of SIGINT."""
-    ends(tmp_path, command, [signal.SIGHUP, number], [signal.SIGINT, signal.SIGQUIT, signal.SIGHUP])
+    ignored = " ".join(str(int(one)) for one in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP))
+    folder = temporary(tmp_path)
+    with (tmp_path / "said").open("wb") as said:
+        process = subprocess.Popen(
+            [sys.executable, "-c", LAUNCH, ignored, *words_of(command)],
+            cwd=tmp_path,
+            env={**os.environ, "TMPDIR": str(folder)},
+            stdout=subprocess.DEVNULL,
+            stderr=said,
+        )
+    ends(process, folder, [signal.SIGHUP, number])
+    assert "Traceback" not in (tmp_path / "said").read_text()
 
 
 @pytest.mark.slow
@@ -64,34 +78,36 @@ def test_a_command_in_the_background_can_be_ended(
         ("rndl", [signal.SIGKILL]),
     ],
 )
-def test_nothing_is_left(tmp_path: Path, command: str, signals: list[signal.Signals]) -> None:
-    ends(tmp_path, command, signals, [])
+def test_nothing_is_left(
+    hybridkex: Forkserver, tmp_path: Path, command: str, signals: list[signal.Signals]
+) -> None:
+    folder = temporary(tmp_path)
+    environment = {"TMPDIR": str(folder)}
+    process = hybridkex.start(*words_of(command), folder=tmp_path, environment=environment)
+    ends(process, folder, signals)
+    assert b"Traceback" not in process.told()
+
+
+def temporary(tmp_path: Path) -> Path:
+    """Where the command has its folder; and a file for it to send."""
+    (tmp_path / "text").write_text("hello")
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    return folder
+
+
+def words_of(command: str) -> list[str]:
+    return [command, *(["text"] if command == "demo" else [])]
 
 
 def ends(
-    tmp_path: Path, command: str, signals: list[signal.Signals], ignored: list[signal.Signals]
+    process: "subprocess.Popen[bytes] | Running", folder: Path, signals: list[signal.Signals]
 ) -> None:
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
-    (tmp_path / "text").write_text("hello")
-    words = [command, *(["text"] if command == "demo" else [])]
-    process = subprocess.Popen(
-        [sys.executable, "-c", LAUNCH, " ".join(str(int(one)) for one in ignored), *words],
-        cwd=tmp_path,
-        env={**os.environ, "TMPDIR": str(temporary)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-    assert process.stderr is not None
-    until(lambda: any(temporary.iterdir()) or process.poll() is not None)
-    time.sleep(MOMENTS.uniform(0, 4))
+    until(lambda: any(folder.iterdir()) or process.poll() is not None)
+    time.sleep(MOMENTS.uniform(0, LATEST))
     for number in signals:
         process.send_signal(number)
         time.sleep(0.02)
-    status = process.wait(30)
-    said = process.stderr.read().decode()
-    process.stderr.close()
-    assert "Traceback" not in said, said
-    assert status != 0
-    until(lambda: not any(temporary.iterdir()))
-    until(lambda: not processes_of(temporary))
+    assert process.wait(30) != 0
+    until(lambda: not any(folder.iterdir()))
+    until(lambda: not processes_of(folder))

@@ -48,7 +48,7 @@ WRITING: tuple[Any, ...] = (
     ("qkd", "plot", "--kind", "qber", "-o", "{new}.png"),
     ("qkd", "scan", "--vary", "distance_km=1", *SMALL[:2], "-o", "{new}.csv"),
     ("qkd", "record", *SMALL[4:], "--as-published", "--detections", "1000", "-o", "{new}"),
-    pytest.param(("demo", "text", "--keep", "{new}"), marks=pytest.mark.slow),
+    ("demo", "text", "--keep", "{new}"),
     ("rndl", "--keep", "{new}"),
 )
 RESUME = (*CONNECT, "--resume", "{new}")
@@ -197,8 +197,8 @@ def test_what_is_a_refusal_and_what_is_a_defect() -> None:
 # --- no thread, no memory -------------------------------------------------------------------------
 
 LIMITS = (
-    pytest.param({"RLIMIT_AS": 0}, marks=pytest.mark.slow),  # threads that do not begin
-    *({"RLIMIT_AS": size} for size in (1 << 16, 3 << 17, 1 << 20)),
+    # With none, threads do not begin.
+    *({"RLIMIT_AS": size} for size in (0, 1 << 16, 3 << 17, 1 << 20)),
     {"RLIMIT_NPROC": 0},
 )
 CLIENTS = (
@@ -218,6 +218,15 @@ SERVERS = (
 )
 
 
+def limited(place: Path, limits: dict[str, int]) -> dict[str, Any]:
+    return {
+        "folder": place,
+        "limits": limits,
+        "unprivileged": "RLIMIT_NPROC" in limits,
+        "patience": 0.2,  # a thread that would begin later is refused as well
+    }
+
+
 def is_clean(process: Running) -> None:
     for text in (process.said(), process.told()):
         assert b"Traceback" not in text, text.decode()
@@ -229,7 +238,7 @@ def test_clients(
     hybridkex: Forkserver, place: Path, tmp_path: Path, limits: dict[str, int]
 ) -> None:
     """All at once: each that hung would cost its whole time."""
-    options = {"folder": place, "limits": limits, "unprivileged": "RLIMIT_NPROC" in limits}
+    options = limited(place, limits)
     with (
         hybridkex.listening(place, *SERVER, "--echo") as (port, _),
         hybridkex.listening(place, *SERVER, "--echo", "--alpn", "hybridkex-transfer/2") as (to, _),
@@ -256,7 +265,7 @@ def test_servers(
 ) -> None:
     """A server that has begun ends when it is told to, whatever its clients made it need."""
     # Not a pure "unprivileged": the folder to receive into is ours.
-    options = {"folder": place, "limits": limits, "unprivileged": "RLIMIT_NPROC" in limits}
+    options = limited(place, limits)
     started = []
     for number, words in enumerate(SERVERS):
         port_file = tmp_path / str(number)

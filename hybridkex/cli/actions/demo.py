@@ -3,15 +3,18 @@
 import math
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 from cryptography.hazmat.bindings import _rust
 
 from hybridkex.cli.demo import DemoOptions
-from hybridkex.cli.guarded import explained, guarded_folder
+from hybridkex.cli.guarded import check_room, explained, guarded_folder
 from hybridkex.cli.running import end_as_interrupted, run_trio
 from hybridkex.demos.two_sites import Demonstration
 from hybridkex.errors import ConfigError
 from hybridkex.machine import write_error
+
+_OTHER_PLACE: Final = "choose another one with --keep"
 
 
 def run(options: DemoOptions) -> int:
@@ -27,6 +30,7 @@ def run(options: DemoOptions) -> int:
             keep.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise write_error(keep, error) from None
+        check_room(keep, _OTHER_PLACE)  # now, not when the KMEs have their keys
         demonstration = Demonstration(
             folder=folder,
             source=source,
@@ -34,6 +38,6 @@ def run(options: DemoOptions) -> int:
             distance=options.distance,
             say=partial(print, flush=True),
         )
-        with explained(keep, "choose another one with --keep"):
+        with explained(keep, _OTHER_PLACE):
             run_trio(demonstration.run)
     return 0

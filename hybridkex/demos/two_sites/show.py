@@ -194,14 +194,15 @@ async def _first_keys(metrics: str) -> dict[str, float]:
     async with httpx.AsyncClient(trust_env=False) as client:
         while True:
             found: dict[str, float] = {}
-            stocks = []
+            produced = []
             for family in text_string_to_metric_families((await client.get(metrics)).text):
                 for sample in family.samples:
-                    if sample.name == "hybridkex_kme_keys_stored":
-                        stocks.append(sample.value)
+                    # A KME counts its stock every 10 s only, and these when it has stored them.
+                    if sample.name == "hybridkex_kme_keys_produced_total":
+                        produced.append(sample.value)
                     elif sample.labels.get("kme") == "kme-a":
                         found[sample.name.removeprefix("hybridkex_qkd_link_")] = sample.value
-            if len(stocks) == len(_SITES) and all(stocks):
+            if len(produced) == len(_SITES) and all(produced):
                 return found
             await trio.sleep(0.1)
 

@@ -35,7 +35,8 @@ class ScanOptions:
     )
     dask: str | None = option("compute on this Dask cluster", metavar="ADDRESS", group=_WHERE)
     output: Path = option(
-        "the file to write, which ends in " + ", ".join(SCAN_SUFFIXES), *("-o", "--output")
+        f"the file to write or replace, which ends in {', '.join(SCAN_SUFFIXES)}",
+        *("-o", "--output"),
     )
 
 
@@ -55,7 +56,9 @@ class PlotOptions:
     )
     y: str | None = option("with --scan: the vertical axis (default: rate)", metavar="NAME")
     by: list[str] = option(
-        "with --scan: draw one curve for each value of NAME; may be repeated", metavar="NAME"
+        "with --scan: draw one curve for each value of NAME, beside the settings that vary; may "
+        "be repeated",
+        metavar="NAME",
     )
     preset: list[str] | None = option(
         "with --kind: a parameter set; may be repeated", metavar="NAME"
@@ -67,7 +70,7 @@ class PlotOptions:
         "with --kind: a block size; may be repeated with finite-key", metavar="N"
     )
     output: Path = option(
-        "the picture to write; its suffix selects the format",
+        "the picture to write or replace; its suffix selects the format",
         *("-o", "--output"),
         metavar="FILE.png|.svg",
     )
@@ -89,10 +92,10 @@ COMMANDS: Final = {
         action=Action("qkd_scan", ScanOptions, extra="link", function="run_scan"),
     ),
     "plot": Command(
-        "Draw a scan: one column over another, a curve for each value of a third. Or draw one of "
-        "the pictures of the documentation.",
+        "Draw a scan: one column over another, a curve for each combination of the other settings "
+        "that vary. Or draw one of the pictures of the documentation.",
         examples=[
-            "qkd plot --scan a.csv --by preset -o a.svg",
+            "qkd plot --scan a.csv -o a.svg",
             "qkd plot --scan b.parquet --x block_bits --y bit_per_s -o b.png",
             "qkd plot --kind rate-vs-distance -o rate.svg",
         ],

@@ -339,11 +339,28 @@ def _part(given: Any, name: str, kind: type[Any]) -> Any:
         raise ConfigError(f"the settings have no object {name!r}")
     known = {one.name: one for one in fields(kind)}
     if unknown := set(given) - set(known):
-        raise ConfigError(f"the settings have an unknown {name}: {', '.join(sorted(unknown))}")
+        raise ConfigError(
+            f"the settings have unknown names in {name!r}: {', '.join(sorted(unknown))}; use "
+            f"{', '.join(known)}"
+        )
     needed = {one for one in known if known[one].default is MISSING}
     if missing := needed - set(given):
         raise ConfigError(f"the settings lack in {name!r}: {', '.join(sorted(missing))}")
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+
+
+def _source(given: Any) -> Transmitter | PairSource:
+    """The source, of the kind whose settings these are. Raises ``ConfigError``."""
+    kinds = (Transmitter, PairSource)
+    laser, pairs = ({one.name for one in fields(kind)} for kind in kinds)
+    named = set(given) if isinstance(given, dict) else set()
+    of_laser, of_pairs = sorted(named & laser - pairs), sorted(named & pairs - laser)
+    if of_laser and of_pairs:
+        raise ConfigError(
+            f"'source' has settings of laser pulses ({', '.join(of_laser)}) and of pairs "
+            f"({', '.join(of_pairs)}): leave out those of one of them"
+        )
+    return _part(given, "source", kinds[bool(of_pairs)])  # type: ignore[no-any-return]
 
 
 def _preset(text: str, name: str) -> Preset:
@@ -357,13 +374,11 @@ def _preset(text: str, name: str) -> Preset:
         raise ConfigError(
             f"the settings have an unknown object: {', '.join(unknown)}; use {', '.join(PARTS)}"
         )
-    source = found.get("source")
-    pairs = isinstance(source, dict) and "brightness" in source
     return Preset(
         name=name,
         reference="measured",
         channel=_part(found.get("channel"), "channel", Channel),
-        transmitter=_part(source, "source", PairSource if pairs else Transmitter),
+        transmitter=_source(found.get("source")),
         security=_part(found.get("security", {}), "security", Security),
         efficiency=1.1,
     )

@@ -1,9 +1,10 @@
 """Pictures of scans, and those of ``docs/qkd-link.md``."""
 
 import io
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import matplotlib as mpl
 import numpy as np
@@ -14,7 +15,7 @@ from hybridkex.files import PUBLIC, write_file
 from hybridkex.link import asymptotic
 from hybridkex.link.entropy import binary_entropy
 from hybridkex.link.finite_key import expected_counts, proof_for
-from hybridkex.link.optimise import BLOCK_BITS, rates
+from hybridkex.link.optimise import BLOCK_BITS, CURVE_KM, rates
 from hybridkex.link.physics import Channel
 from hybridkex.link.presets import Preset, preset
 from hybridkex.link.quantum import sample
@@ -29,6 +30,7 @@ from hybridkex.link.ranges import (
     records,
     within,
 )
+from hybridkex.link.scan import COLUMNS, ERROR, SETTINGS
 from hybridkex.text import printable
 
 GYS_F: Final = 1.22
@@ -59,7 +61,19 @@ LEAST_NUMBER: Final = 1e-300
 LOGARITHMIC: Final = ("rate", "bit_per_s", "secret_bits", "block_bits", "seconds", "leak_bits")
 MOST_DISTANCE: Final = 1e4
 """km, of a picture."""
-STYLES: Final = ("-", "--", ":", "-.")
+STYLES: Final = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
+MOST_SIZES: Final = 10
+MOST_CURVES: Final = MOST_SIZES * len(STYLES)
+"""More cannot be told apart by colours and styles."""
+OF_LOSS: Final = ("distance_km", "attenuation_db_per_km")
+"""The settings that ``loss_db`` follows."""
+LONG_LABEL: Final = 36
+"""Characters of a label of which two fit beside each other."""
+LEGEND_ROWS: Final = 8
+"""Rows of a legend for which a figure of the usual height has room."""
+
+_Place: TypeAlias = tuple[float, float | None, float | None]
+"""Where a point is along its curve, and its coordinates; ``None`` is a gap."""
 
 
 def _figure() -> tuple[Figure, Any]:
@@ -76,7 +90,10 @@ def _finish(figure: Figure, axes: Any) -> tuple[Figure, Any]:
     _, labels = axes.get_legend_handles_labels()
     if labels:
         # Below the axes, where it hides nothing and nothing cuts it off.
-        figure.legend(loc="outside lower center", ncols=2, fontsize=10, frameon=False)
+        columns = 2 if max(map(len, labels)) <= LONG_LABEL else 1
+        figure.legend(loc="outside lower center", ncols=columns, fontsize=10, frameon=False)
+        more = len(labels) / columns - LEGEND_ROWS
+        figure.set_figheight(figure.get_figheight() + 0.22 * max(0.0, more))
     return figure, axes
 
 
@@ -100,14 +117,19 @@ def plot_scan(
     y: str = "rate",
     by: Sequence[str] = (),
 ) -> tuple[Figure, Any]:
-    """Draw one column of a scan over another, one curve for each value of the columns ``by``.
+    """Draw one column of a scan over another: one curve for each combination of the columns ``by``
+    and of all settings that vary.
 
-    Returns the figure and its axes, to change or to save. Rates of zero are left out, so a curve
-    ends where its rate does. Raises ``ConfigError`` for a column that the scan does not have, for
-    one with anything but finite numbers, and where no point is left.
+    If ``x`` is a result, such as ``loss_db``, a curve follows the setting with the most values.
+    Where a rate is zero or a value is not known, a curve ends or has a gap. Rows with an error are
+    left out. Points are not connected where a curve has several at one place.
+
+    Returns the figure and its axes, to change or to save. Raises ``ConfigError`` for a column that
+    the scan does not have, for one with anything but finite numbers, for more than
+    :data:`MOST_CURVES`, and where no point is left.
     """
     rows, by = records("rows", rows), listed("by", by)
-    known = list(map(str, rows[0] if rows else ()))
+    known = list(dict.fromkeys(str(name) for row in rows for name in row))
     for name in (x, y, *by):
         if str(name) not in known:
             joined = any(mark in one for one in known for mark in ";\t")
@@ -115,32 +137,58 @@ def plot_scan(
                 f"the scan has no column {name!r}: it has {', '.join(known) or 'none'}"
                 + ("; separate the columns of a .csv file by commas" if joined else "")
             )
-    figure, axes = _figure()
-    curves: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
+    rows = [row for row in rows if row.get(ERROR) is None]
+    values = {name: {_plain(row.get(name)) for row in rows} for name in SETTINGS}
+    varied = [name for name, found in values.items() if len(found) > 1 and name not in by]
+    along = next((name for name in (x, y) if name not in COLUMNS), "") or max(
+        (name for name in varied if all(type(value) in (int, float) for value in values[name])),
+        key=lambda name: (x == "loss_db" and name in OF_LOSS, len(values[name])),
+        default=x,
+    )
+    apart = [*by, *(name for name in varied if name not in (x, y, along))]
+    curves: dict[tuple[Any, ...], list[_Place]] = {}
     for row in rows:
-        curve = curves.setdefault(tuple(_plain(row.get(name)) for name in by), [])
-        across, up = _coordinate(row, x), _coordinate(row, y)
-        if across is not None and up is not None:
-            curve.append((across, up))
-    if not any(curves.values()):
+        curve = curves.setdefault(tuple(_plain(row.get(name)) for name in apart), [])
+        at, across, up = (_coordinate(row, name) for name in (along, x, y))
+        if at is not None:
+            curve.append((at, across, up))
+    if not any(None not in place for curve in curves.values() for place in curve):
         raise ConfigError(
             f"the scan has no row that can be drawn: {x} and {y} must have values, above 0 where "
             "the axis is logarithmic"
         )
-    for number, (values, points) in enumerate(curves.items()):
-        points.sort()
-        label = ", ".join(map(_label, by, values))
-        axes.plot(
-            *_columns(points),
-            STYLES[number // 10 % len(STYLES)],
-            marker="." if len(points) < 3 else None,
-            label=label or None,
+    if len(curves) > MOST_CURVES:
+        raise ConfigError(
+            f"the scan has {len(curves)} curves, one for each combination of {', '.join(apart)}; "
+            f"at most {MOST_CURVES} are drawn: scan fewer of them"
         )
+    figure, axes = _figure()
+    for number, (key, curve) in enumerate(curves.items()):
+        _draw_curve(axes, curve, number, ", ".join(map(_label, apart, key)))
     for name, axis in ((x, "x"), (y, "y")):
         getattr(axes, f"set_{axis}label")(UNITS.get(name, _text(name)))
         if name in LOGARITHMIC:
             getattr(axes, f"set_{axis}scale")("log")
     return _finish(figure, axes)
+
+
+def _draw_curve(axes: Any, curve: list[_Place], number: int, label: str) -> None:
+    points = sorted(dict.fromkeys(curve), key=lambda place: place[0])
+    scattered = len({place[0] for place in points}) < len(points)
+    there = [place for place, point in enumerate(points) if None not in point]
+    points = points[min(there, default=0) : max(there, default=-1) + 1]  # gaps are inside a curve
+    _, across, up = np.array(points, dtype=np.float64).reshape(-1, 3).T  # None is not a number
+    seen = np.concatenate(([False], np.isfinite(across + up), [False]))
+    # A point without a neighbour is on no line.
+    dots = np.flatnonzero(seen[1:-1] & (scattered | ~(seen[:-2] | seen[2:]))).tolist()
+    axes.plot(
+        across,
+        up,
+        linestyle="" if scattered else STYLES[number // MOST_SIZES % len(STYLES)],
+        marker="." if dots else None,
+        markevery=dots or None,
+        label=label or None,
+    )
 
 
 def _label(name: str, value: Any) -> str:
@@ -150,9 +198,15 @@ def _label(name: str, value: Any) -> str:
     if value is True:
         return _text(name)
     if isinstance(value, int | float):
-        return f"{_text(name)} {value:g}"
+        return f"{_text(name)} {_short(value)}"
     # matplotlib keeps what begins with this out of the legend.
     return f"{_text(name)} {_text(value)}" if value.startswith("_") else _text(value)
+
+
+def _short(value: float, form: str = "g") -> str:
+    """A number in this form, unless that makes it another."""
+    text = format(value, form)
+    return text if float(text) == value else f"{value:.15g}"
 
 
 def _text(value: Any) -> str:
@@ -162,12 +216,14 @@ def _text(value: Any) -> str:
 
 def _plain(value: Any) -> Any:
     value = plain(value)
+    if isinstance(value, float) and math.isnan(value):  # how pandas writes what is missing
+        return None
     return value if isinstance(value, int | float | None) else str(value)
 
 
 def _coordinate(row: Mapping[str, Any], name: str) -> float | None:
     """The value of a column; ``None`` if it is missing, or if its axis has no place for it."""
-    value = plain(row.get(name))
+    value = _plain(row.get(name))
     if value is None:
         return None
     if not isinstance(value, int | float) or not abs(value) <= MOST_NUMBER:
@@ -197,10 +253,14 @@ def draw(
     presets = None if presets is None else listed("presets", presets)
     within("distance_km", distance_km, 1.0, MOST_DISTANCE)
     block_bits = None if block_bits is None else listed("block_bits", block_bits)
+    if len(block_bits or ()) > MOST_SIZES:
+        raise ConfigError(f"a picture has at most {MOST_SIZES} sizes of blocks, one in each colour")
     for bits in block_bits or ():
         within("block_bits", bits, *BLOCK_BITS)
     figure, axes = _figure()
     KINDS[kind](axes, presets, distance_km, block_bits)
+    if not any(len(line.get_xdata()) for line in axes.lines):
+        raise ConfigError("these presets make no key at any distance in blocks of these sizes")
     axes.set_xlabel(UNITS["distance_km"])
     return _finish(figure, axes)
 
@@ -219,7 +279,7 @@ def _rates(
         chosen = preset(name)
         clock = chosen.channel.repetition_rate_hz
         points = [(distance, rate * clock) for distance, rate in rates(chosen, block)]
-        axes.plot(*_columns(points), style, label=name)
+        axes.plot(*_columns(points), linestyle=style, label=name)
     if presets is None:
         gys = preset("gys2005").channel
         distances = np.arange(0.0, 143.0, 0.5)
@@ -262,13 +322,13 @@ def _qber(
     block = blocks[0] if blocks else 1e6
     for number, name in enumerate(presets or ("gys2005", "lim2014", "rusca2018")):
         chosen = preset(name)
-        distances = np.arange(0.0, farthest + 1.0, 2.0)
+        distances = np.linspace(0.0, farthest, max(11, round(farthest / CURVE_KM) + 1))
         curve = [
             expected_counts(chosen.channel.at(float(one)), chosen.transmitter, 1.0).key_error_rate
             for one in distances
         ]
         axes.plot(distances, np.array(curve) * 100, f"C{number}", label=name)
-        points = np.arange(0.0, farthest + 1.0, farthest / 10.0)
+        points = np.linspace(0.0, farthest, 11)
         sampled = [_sampled_qber(chosen.at(float(one)), number) * 100 for one in points]
         axes.plot(points, sampled, f"C{number}o", markersize=4)
         limit = _last_key(chosen, block, farthest)
@@ -276,7 +336,7 @@ def _qber(
             qber = expected_counts(chosen.channel.at(limit), chosen.transmitter, 1.0).key_error_rate
             axes.plot([limit], [qber * 100], f"C{number}x", markersize=10, markeredgewidth=2)
     axes.plot([], [], "ko", markersize=4, label="sampled")
-    axes.plot([], [], "kx", markersize=8, label=f"last key, {block:.0e} bit")
+    axes.plot([], [], "kx", markersize=8, label=f"last key, {_short(block, '.0e')} bit")
     axes.set_ylim(0, 30)
     axes.set_ylabel("QBER (%)")
 
@@ -325,8 +385,9 @@ def _finite(
         for name, style in zip(names, STYLES * len(names), strict=False):
             axes.plot(
                 *_columns(rates(preset(name), block)),
-                f"C{number}{style}",
-                label=f"{name}, {block:.0e} bit",
+                color=f"C{number}",
+                linestyle=style,
+                label=f"{name}, {_short(block, '.0e')} bit",
             )
     axes.set_yscale("log")
     axes.set_ylim(1e-8, 1e-1)

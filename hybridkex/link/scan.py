@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import Any, Final
 
 import trio
@@ -37,14 +38,13 @@ from hybridkex.link.ranges import (
     instance,
     is_number,
     listed,
-    one_of,
     plain,
     records,
     whole,
     within,
 )
-from hybridkex.link.settings import LEAKS, MOST_BLOCK_BITS, LinkSettings
-from hybridkex.link.simulated import SimulatedLink
+from hybridkex.link.settings import LEAKS, LinkSettings
+from hybridkex.link.simulated import SimulatedLink, attack
 
 Point = Mapping[str, Any]
 Row = dict[str, Any]
@@ -58,6 +58,13 @@ OWN: Final = {
     "leak": LEAKS[0],
     "tuned": True,
 }
+SETTINGS: Final[Mapping[str, Any]] = {
+    **preset("bbm92").parameters,
+    **preset("lim2014").parameters,
+    **OWN,
+}
+"""The settings that can vary, each with a value of its type: :data:`OWN`, and the fields of the
+channel, of both kinds of source, and of the security."""
 COLUMNS: Final = (
     "loss_db",
     "rate",
@@ -80,13 +87,14 @@ AMOUNTS: Final = ("rate", "bit_per_s", "secret_bits")
 """Columns that are 0 where there is no key."""
 ERROR: Final = "error"
 """Column with the reason why a row has no results. Other rows do not have it."""
-TYPES: Final = dict.fromkeys(COLUMNS, "float64") | {
-    "blocks_made": "int64",
-    "blocks_aborted": "int64",
-    "eve": "string",
+_ARROW: Final = {float: "float64", int: "int64", bool: "bool", str: "string", NoneType: "string"}
+TYPES: Final = {
+    **{name: _ARROW.get(type(example), "string") for name, example in SETTINGS.items()},
+    **dict.fromkeys(COLUMNS, "float64"),
+    **dict.fromkeys(("blocks_made", "blocks_aborted"), "int64"),
     ERROR: "string",
 }
-"""Types of Parquet of columns that may be empty in all rows."""
+"""Types of Parquet of the columns, which may be empty in all rows; several numbers are text."""
 SEARCHED: Final = ("intensities", "probabilities", "key_basis_probability", "brightness")
 """Settings that :func:`~hybridkex.link.optimise.tuned` chooses."""
 EXTRA: Final = "more values than columns"
@@ -104,55 +112,51 @@ def grid(axes: Mapping[str, Sequence[Any]]) -> list[Row]:
     if math.prod(map(len, axes.values())) > MOST_POINTS:
         raise ConfigError(f"a scan has at most {MOST_POINTS:,} points")
     for name in axes:
-        if name not in OWN and name not in _parameters():
-            raise ConfigError(
-                f"unknown setting {name!r}: use {', '.join(OWN)} or a field of the channel, the "
-                "source or the security"
-            )
+        _check_name(name)
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
-def _parameters() -> set[str]:
-    """The settings of presets, of laser pulses and of pairs."""
-    chosen = preset("lim2014"), preset("bbm92")
-    parts = [part for one in chosen for part in (one.channel, one.transmitter, one.security)]
-    return {one.name for part in parts for one in fields(part)} | {"efficiency"}
+def _check_name(name: str) -> None:
+    if name not in SETTINGS:
+        raise ConfigError(
+            f"unknown setting {name!r}: use {', '.join(OWN)} or a field of the channel, the source "
+            "or the security"
+        )
 
 
-def _chosen(point: Point) -> Preset:
+def _chosen(asked: Mapping[str, Any]) -> Preset:
     """The preset that a point asks for, before it is tuned."""
-    chosen = preset(point["preset"]).at(point["distance_km"])
-    for name, value in point.items():
-        if name in OWN:
-            continue
-        if name == "efficiency":
-            chosen = replace(chosen, efficiency=_typed(name, value, chosen.efficiency))
-            continue
+    chosen = preset(asked["preset"]).at(asked["distance_km"])
+    for name in asked.keys() - OWN.keys() - {"efficiency"}:
         for part in ("channel", "transmitter", "security"):
             inner = getattr(chosen, part)
             if name in {one.name for one in fields(inner)}:
-                given = _typed(name, value, getattr(inner, name))
-                chosen = replace(chosen, **{part: replace(inner, **{name: given})})
+                chosen = replace(chosen, **{part: replace(inner, **{name: asked[name]})})
                 break
         else:
             raise ConfigError(f"{chosen.name} has no setting {name!r}")
-    return chosen
+    return replace(chosen, efficiency=asked.get("efficiency", chosen.efficiency))
 
 
-def _typed(name: str, value: Any, example: Any) -> Any:
-    """The value of a setting, of the type of an example. Raises ``ConfigError``."""
+def _typed(name: str, value: Any) -> Any:
+    """The value of a setting, of the setting's type. Raises ``ConfigError``."""
+    _check_name(name)
+    return _like(SETTINGS[name], name, plain(value))
+
+
+def _like(example: Any, name: str, value: Any) -> Any:
     if isinstance(example, tuple):
         parts = value if isinstance(value, list | tuple) else [value]
-        return tuple(_typed(name, part, 1.0) for part in parts)
+        return tuple(_like(1.0, name, part) for part in parts)
     number = is_number(value)
     if isinstance(example, bool):
         fits, kind = isinstance(value, bool), "true or false"
-    elif isinstance(example, str):
-        fits, kind = isinstance(value, str), "a word"
     elif isinstance(example, int):
-        fits, kind = number and math.isfinite(value) and value == int(value), "a whole number"
-    else:
+        fits, kind = number and abs(value) < 1 << 63 and value == int(value), "a whole number"
+    elif isinstance(example, float):
         fits, kind = number and math.isfinite(value), "a number"
+    else:
+        fits, kind = isinstance(value, str) or value is example, "a word"
     if not fits:
         raise ConfigError(f"the setting {name} takes {kind}, not {value!r}")
     return type(example)(value) if number else value
@@ -168,35 +172,34 @@ def evaluate(point: Point, *, blocks: int = 0, seed: int = 0) -> Row:
     :data:`COLUMNS`. Raises ``ConfigError`` for impossible settings.
     """
     within("blocks", whole("blocks", blocks), 0, MOST_BLOCKS)
-    (row,) = records("point", [point])
-    point = {name: plain(value) for name, value in row.items()}
-    asked = {**OWN, **point}
-    for name, example in OWN.items():
-        if example is not None:
-            asked[name] = _typed(name, asked[name], example)
+    (given,) = records("point", [point])
+    asked = {**OWN, **{name: _typed(name, value) for name, value in given.items()}}
+    if asked["eve"] == "none":
+        asked["eve"] = None
     row = {**asked, **dict.fromkeys(COLUMNS), **dict.fromkeys(AMOUNTS, 0)}
-    chosen = _chosen(asked)
+    chosen, bits, eve = _chosen(asked), asked["block_bits"], asked["eve"]
     row["loss_db"] = chosen.channel.attenuation_db_per_km * chosen.channel.distance_km
-    bits, finite_key = asked["block_bits"], asked["finite_key"]
-    for name, known in (("finite_key", FINITE_KEY), ("leak", LEAKS)):
-        # Before the search, which takes long.
-        one_of(name, asked[name], known)
-    if not 1000 <= bits <= MOST_BLOCK_BITS:
-        raise ConfigError(f"block_bits lies between 1000 and {MOST_BLOCK_BITS}")
+    # What cannot be is refused before the search, which takes long and may find no key.
+    settings = LinkSettings(
+        preset=chosen,
+        block_bits=bits,
+        block_detections=bits,
+        finite_key=asked["finite_key"],
+        leak=asked["leak"],
+    )
+    if eve is not None:
+        (attack if blocks else eavesdropper)(eve, chosen.channel, chosen.transmitter)
     if asked["tuned"]:
         for name in SEARCHED:
-            if name in point:
+            if name in given:
                 raise ConfigError(
                     f"the search for the best settings replaces {name}: set tuned to false"
                 )
         try:
-            chosen = tuned(chosen, bits, finite_key=finite_key)
+            chosen = tuned(chosen, bits, finite_key=asked["finite_key"])
         except NoKeyError:
             return row
-    settings = LinkSettings(
-        preset=chosen, block_bits=bits, finite_key=finite_key, leak=asked["leak"]
-    )
-    eve = None if asked["eve"] in (None, "none") else str(asked["eve"])
+    settings = replace(settings, preset=chosen, block_detections=None)
     row |= _simulated(settings, eve, int(blocks), seed) if blocks else _expected(settings, eve)
     return row
 
@@ -237,13 +240,14 @@ def _expected(settings: LinkSettings, eve: str | None) -> Row:
 def _simulated(settings: LinkSettings, eve: str | None, blocks: int, seed: int) -> Row:
     async def run() -> Row:
         made: list[Block] = []
-        done, seconds = 0, 0.0
+        done, seconds, timed = 0, 0.0, True
         for number in itertools.count():
             # A link that stops is begun again, as an operator would do it.
             link = SimulatedLink(settings, eve=eve, seed=_seed(seed, number) if number else seed)
             async with link.open():
                 try:
                     while done < blocks:
+                        before = link.seconds
                         with suppress(BlockAborted):
                             made.append((await link.block())[1])
                         done += 1
@@ -251,19 +255,20 @@ def _simulated(settings: LinkSettings, eve: str | None, blocks: int, seed: int) 
                     pass
                 except LinkError:
                     done += 1
+                    timed = timed and link.seconds > before  # else no pulse was detected
                 seconds += link.seconds
             if done == blocks:
                 break
         secret = sum(one.secret_bits for one in made)
-        bit_per_s = secret / seconds if secret else 0.0
+        bit_per_s = 0.0 if not secret else secret / seconds if timed else None
         return {
-            "rate": bit_per_s / settings.preset.channel.repetition_rate_hz,
+            "rate": bit_per_s and bit_per_s / settings.preset.channel.repetition_rate_hz,
             "bit_per_s": bit_per_s,
             "secret_bits": secret / blocks,
             "qber": _mean([one.qber for one in made]),
             "phase_error": _mean([one.phase_error for one in made]),
             "leak_bits": _mean([one.leak for one in made]),
-            "seconds": seconds / blocks,
+            "seconds": seconds / blocks if timed else None,
             "blocks_made": len(made),
             "blocks_aborted": blocks - len(made),
         }
@@ -278,12 +283,19 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _evaluated(point: Point, *, blocks: int, seed: int) -> Row:
-    """Call :func:`evaluate`; the row of an impossible point gives the reason."""
+    """Call :func:`evaluate`; the row of an impossible point gives the reason.
+
+    A setting that is not of its type is empty there: columns have one type in all formats.
+    """
     try:
         return evaluate(point, blocks=blocks, seed=seed)
     except ConfigError as error:
         named = ", ".join(f"{name}={plain(value)}" for name, value in point.items())
-        return {**OWN, **point, **dict.fromkeys(COLUMNS), ERROR: f"{named}: {error}"}
+        row = {**OWN, **dict.fromkeys(point), **dict.fromkeys(COLUMNS), ERROR: f"{named}: {error}"}
+        for name, value in point.items():
+            with suppress(ConfigError):
+                row[name] = _typed(name, value)
+        return row
 
 
 def _seed(seed: int, number: int) -> int:
@@ -340,6 +352,8 @@ def _written(name: Any, value: Any) -> Any:
     value = plain(value)
     if isinstance(value, list | tuple):
         value = json.dumps([plain(one) for one in value], default=str)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None  # JSON has no such number, and the other formats say the same
     if not isinstance(value, str | int | float | None):
         raise ConfigError(f"the column {name!r} has a {type(value).__name__}; use numbers or text")
     return _text(value) if isinstance(value, str) else value
@@ -430,11 +444,11 @@ def _kind(path: Path) -> str:
 
 def _column(name: str, values: list[Any]) -> Any:
     """A column of Parquet, which has one type: in all files that of :data:`TYPES`, whatever is
-    empty, and that of settings, whole numbers or not; of other columns, that of their values.
-    Values of several types become text."""
+    empty, whole numbers or not; of other columns, that of their values. Values of several types
+    become text."""
     import pyarrow  # noqa: PLC0415  # an extra
 
-    for kind in (TYPES.get(name, "float64" if name in _parameters() else None), None):
+    for kind in (TYPES.get(name), None):
         with suppress(pyarrow.ArrowException, OverflowError):
             return pyarrow.array(values, kind)
     return pyarrow.array([None if one is None else str(one) for one in values])

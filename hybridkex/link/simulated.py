@@ -11,10 +11,11 @@ from cryptography.hazmat.primitives.asymmetric import ec, mldsa
 
 from hybridkex.errors import BlockAborted, ConfigError, LinkError
 from hybridkex.link.authentication import Signatures
-from hybridkex.link.eavesdroppers import EAVESDROPPERS, eavesdropper
+from hybridkex.link.eavesdroppers import EAVESDROPPERS, NoEve, eavesdropper
 from hybridkex.link.interference import TamperedStream
 from hybridkex.link.ledger import LANE_RESERVE, Ledger
 from hybridkex.link.party import Alice, Block, Bob, cause
+from hybridkex.link.physics import Channel, Source
 from hybridkex.link.quantum import Fading, OpticalLink
 from hybridkex.link.randomness import Randomness
 from hybridkex.link.ranges import instance, one_of
@@ -41,6 +42,30 @@ def _bootstraps(kind: str, shared: bytes) -> tuple[Ledger | Signatures, Ledger |
     return Signatures(c, d.public_key()), Signatures(d, c.public_key())
 
 
+def attack(
+    eve: str | None, channel: Channel, transmitter: Source
+) -> tuple[NoEve | None, int | None]:
+    """What an Eve does: to the light, and the number of the byte for Alice that Eve changes.
+
+    Raises ``ConfigError`` for an Eve that does not exist, or cannot attack this source.
+    """
+    if eve in (None, "none", "mitm"):
+        return None, None
+    name, _, detail = instance("eve", eve, str).partition(":")
+    if name == "tamper":
+        if not (detail.isdecimal() and len(detail) <= 18):
+            raise ConfigError(
+                "tamper:BYTE needs the number of a byte that Alice receives, counted from 0"
+            )
+        return None, int(detail)
+    if name not in EAVESDROPPERS:
+        raise ConfigError(
+            f"no eavesdropper {eve!r}: use intercept:SHARE, split:SHARE, pns, mitm, tamper:BYTE "
+            "or none"
+        )
+    return eavesdropper(instance("eve", eve, str), channel, transmitter), None
+
+
 class SimulatedLink:
     """Alice, Bob and the channels between them. Use it inside ``async with link.open():``."""
 
@@ -62,31 +87,14 @@ class SimulatedLink:
         repeatable, and its keys worthless. Raises ``ConfigError``.
         """
         self.settings: Final = instance("settings", settings, LinkSettings)
-        if eve is not None:
-            instance("eve", eve, str)
         if fading is not None and not callable(fading):
             raise ConfigError("fading takes a function of the time, such as a SatellitePass")
         self._observer = observer
-        self._eve = "" if eve is None or eve == "none" else eve
+        self._eve = None if eve == "none" else eve
         self._seed = seed
         self._bootstrap = one_of("bootstrap", bootstrap, BOOTSTRAPS)
         channel, transmitter = settings.preset.channel, settings.preset.transmitter
-        name, _, detail = self._eve.partition(":")
-        self._tampered: int | None = None
-        if name == "tamper":
-            if not (detail.isdecimal() and len(detail) <= 18):
-                raise ConfigError(
-                    "tamper:BYTE needs the number of a byte that Alice receives, counted from 0"
-                )
-            self._tampered = int(detail)
-        if name not in ("", "tamper", *EAVESDROPPERS) and self._eve != "mitm":
-            raise ConfigError(
-                f"no eavesdropper {eve!r}: use intercept:SHARE, split:SHARE, pns, mitm, "
-                "tamper:BYTE or none"
-            )
-        light = None
-        if self._eve and self._eve != "mitm" and self._tampered is None:
-            light = eavesdropper(self._eve, channel, transmitter)
+        light, self._tampered = attack(eve, channel, transmitter)
         if fading is not None and self._eve:
             raise ConfigError("an eavesdropper cannot be combined with a fluctuating channel")
         self._link = OpticalLink(

@@ -202,7 +202,10 @@ SETTINGS = json.dumps(
         ({"settings": "{}"}, "no object 'channel'"),
         ({"settings": SETTINGS.replace("0.9", "7")}, "key_basis_probability"),
         ({"settings": SETTINGS.replace("0.9", '"x"')}, "must be a number"),
-        ({"settings": SETTINGS.replace("misalignment", "misalignments")}, "unknown channel"),
+        (
+            {"settings": SETTINGS.replace("misalignment", "misalignments")},
+            "unknown names in .channel.: misal",
+        ),
         ({"settings": SETTINGS, "extra": np.zeros(9)}, "unknown array"),
         ({"settings": SETTINGS, "bit": np.array(["a"] * 9)}, "integers"),
         ({"settings": SETTINGS, "bit": np.array([None] * 9)}, "of the type object"),
@@ -652,3 +655,38 @@ def test_files_of_two_links_and_blocks_without_a_key_are_told(
     assert "the settings in the two files differ" in capsys.readouterr().err
     bob = "examples/qkd-data/bob.npz"
     assert main(["qkd", "distil", alice, bob, "--key-bits", "80000"]) == 1
+
+
+def test_a_block_without_a_key_leaves_no_file_and_another_run_may_have_its_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = [f"examples/qkd-data/{name}.npz" for name in ("alice", "bob")]
+    keys = tmp_path / "keys"
+    command = ["qkd", "distil", *data, "--keys", str(keys), "--key-bits"]
+    for bits, status in (("8000", 1), ("8000", 1), ("256", 0)):
+        assert main([*command, bits]) == status
+        told = json.loads(capsys.readouterr().out)
+        assert keys.exists() == bool(told["keys"]) == (not status)
+        assert ("aborted" in told) == bool(status)
+        assert told["repetition_rate_hz"] == 1e9
+
+
+@pytest.mark.parametrize("laser", [(), ("intensities",), ("intensities", "probabilities")])
+@pytest.mark.parametrize("pairs", [(), ("brightness",), ("brightness", "alice_efficiency")])
+def test_a_source_of_two_kinds_or_of_none_is_told_apart(
+    laser: tuple[str, ...], pairs: tuple[str, ...], tmp_path: Path
+) -> None:
+    settings = json.loads(SETTINGS)
+    settings["source"] = {**dict.fromkeys(pairs, 0.1), "key_basis_probability": 0.9} | {
+        name: settings["source"][name] for name in laser
+    }
+    np.savez(tmp_path / "x.npz", **GOOD, settings=json.dumps(settings))
+    if laser and pairs:
+        words = rf"laser pulses \({', '.join(laser)}\) and of pairs \({', '.join(sorted(pairs))}\)"
+    elif len(laser + pairs) == 2:
+        read_measured(tmp_path / "x.npz")
+        return
+    else:
+        words = "the settings lack in 'source': "
+    with pytest.raises(ConfigError, match=words):
+        read_measured(tmp_path / "x.npz")

@@ -1,6 +1,11 @@
 """Pictures. The curves are those of the closed forms, which have tests of their own."""
 
+import itertools
+import math
+import random
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -10,7 +15,16 @@ from hybridkex.errors import ConfigError
 from hybridkex.link import plots
 from hybridkex.link.optimise import optimise
 from hybridkex.link.presets import preset
-from hybridkex.link.scan import read_scan
+from hybridkex.link.scan import (
+    COLUMNS,
+    ERROR,
+    SETTINGS,
+    SUFFIXES,
+    grid,
+    read_scan,
+    scan,
+    write_scan,
+)
 
 
 def test_qber_with_sampled_points(tmp_path: Path) -> None:
@@ -80,7 +94,7 @@ def test_a_scan_is_drawn_and_a_curve_ends_where_its_rate_does() -> None:
 def test_legends_are_whole_and_letters_readable_at_400_pixels(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(plots, "rates", lambda *_: [])
+    monkeypatch.setattr(plots, "rates", lambda *_: [(0.0, 1e-3)])
     for kind in plots.KINDS:
         figure, axes = plots.draw(kind, distance_km=20)
         figure.canvas.draw()
@@ -200,3 +214,146 @@ def test_a_missing_column_is_answered_with_those_that_are_there(tmp_path: Path) 
         (tmp_path / "x.csv").write_text(text)
         with pytest.raises(ConfigError, match=hint):
             plots.plot_scan(read_scan(tmp_path / "x.csv"))
+
+
+def test_a_scan_with_wrong_rows_is_drawn_without_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Impossible and misspelt values, on the axis and beside it: one line says how many."""
+    path, picture = tmp_path / "a.csv", tmp_path / "a.svg"
+    values = {"distance_km": "nan,0,fifty,20,1e9,40", "eve": "none,nonsense", "tuned": "false"}
+    vary = [word for name, given in values.items() for word in ("--vary", f"{name}={given}")]
+    assert main(["qkd", "scan", *vary, "-o", str(path)]) == 0
+    capsys.readouterr()
+    assert main(["qkd", "plot", "--scan", str(path), "-o", str(picture)]) == 0
+    said = capsys.readouterr().err
+    assert said == "hybridkex: rows with an error in place of results, which are not drawn: 9\n"
+    (line,) = plots.plot_scan(read_scan(path))[1].lines
+    assert list(line.get_xdata()) == [0, 20, 40]
+
+
+def test_a_curve_has_a_gap_where_a_value_in_its_middle_is_zero_or_unknown() -> None:
+    rows: list[dict[str, Any]] = [{"distance_km": km, "rate": 0.1, ERROR: None} for km in range(9)]
+    rows[2]["rate"], rows[4]["rate"], rows[6]["rate"] = 0, None, math.nan
+    rows[0]["rate"] = rows[8]["rate"] = math.nan
+    (line,) = plots.plot_scan(rows[::-1])[1].lines
+    assert list(map(math.isfinite, line.get_ydata())) == [True, False] * 3 + [True]
+    assert line.get_markevery() == [0, 2, 4, 6]  # each is alone
+
+
+@pytest.mark.parametrize("kind", sorted(plots.KINDS))
+def test_pictures_end_where_they_are_asked_to_end(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind != "qber":
+        with pytest.raises(ConfigError, match="no key at any distance"):
+            plots.draw(kind, presets=["rusca2018"], block_bits=[10])
+        with pytest.raises(ConfigError, match="at most 10 sizes"):
+            plots.draw(kind, block_bits=[1e5] * 11)
+        return
+    monkeypatch.setattr(plots, "_sampled_qber", lambda *_: 0.1)
+    for farthest in (1, 3, 3.5, 50):
+        lines = plots.draw(kind, presets=["lim2014"], distance_km=farthest)[1].lines
+        assert [max(line.get_xdata()) for line in lines[:2]] == [farthest] * 2
+        assert all(len(line.get_xdata()) > 10 for line in lines[:2])
+
+
+def test_too_many_curves_are_refused_and_a_long_legend_is_whole() -> None:
+    rows = [
+        {"distance_km": km, "rate": 0.1, "block_bits": n, "eve": "pns" * 9, "misalignment": n / 7}
+        for n in range(plots.MOST_CURVES + 1)
+        for km in (1, 2)
+    ]
+    with pytest.raises(ConfigError, match=r"51 curves, .*block_bits"):
+        plots.plot_scan(rows)
+    figure, axes = plots.plot_scan(rows[2:])
+    looks = {(line.get_color(), line.get_linestyle(), line._dash_pattern[1] is None, str(
+        line._unscaled_dash_pattern)) for line in axes.lines}  # fmt: skip
+    assert len(looks) == len(axes.lines) == plots.MOST_CURVES
+    figure.canvas.draw()
+    box = figure.legends[0].get_window_extent()
+    assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
+    assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1
+    assert axes.get_window_extent().height > 200
+
+
+VARIED: dict[str, list[Any]] = {
+    "preset": ["lim2014", "rusca2018", "bbm92", "lim2015"],
+    "eve": [None, "intercept:0.02", "pns", "nonsense"],
+    "block_bits": [20_000, 1_000_000, 1e300],
+    "finite_key": ["tight", "published"],
+    "misalignment": [0, 0.02, 0.4, "x"],
+    "dead_time_s": [0, 1e-7, math.nan],
+    "receiver_efficiency": [0, 0.1, 0.3],
+}
+DISTANCES = [0, 0, 10, 25, 40, 80, 150, 400, math.nan, math.inf, "fifty"]
+
+
+def drawn(row: dict[str, Any], names: tuple[str, ...]) -> bool:
+    logarithmic = ("rate", "bit_per_s", "secret_bits", "seconds", "leak_bits", "block_bits")
+    return row.get(ERROR) is None and all(
+        row[name] is not None and (row[name] > 0 or name not in logarithmic) for name in names
+    )
+
+
+def steps_of(rows: list[dict[str, Any]], one: tuple[float, ...], other: tuple[float, ...],
+             names: tuple[str, ...]) -> bool:  # fmt: skip
+    """Whether a line from one point to the other is from a value of a setting to the next one,
+    everything else being the same."""
+    of = {name for name in SETTINGS if name in rows[0]}
+    ends = [
+        [row for row in rows if tuple(row[name] for name in names) == at] for at in (one, other)
+    ]
+    for first, last in itertools.product(*ends):
+        changed = [name for name in of if first[name] != last[name]]
+        if len(changed) == 1:
+            (name,) = changed
+            same = [row for row in rows if all(row[n] == first[n] for n in of - {name})]
+            low, high = sorted((first[name], last[name]))
+            if not any(row[name] is not None and low < row[name] < high for row in same):
+                return True
+    return False
+
+
+def test_every_picture_shows_the_rows_of_its_scan_and_joins_only_neighbours(tmp_path: Path) -> None:
+    draw, pictures = random.Random(20), 0
+    suffixes = [one for one in SUFFIXES if one != ".parquet" or find_spec("pyarrow")]
+    for _ in range(45):
+        axes = {"tuned": [False], "distance_km": draw.sample(DISTANCES, draw.randint(1, 8))}
+        for name in draw.sample(sorted(VARIED), draw.randint(0, 3)):
+            axes[name] = draw.sample(VARIED[name], draw.randint(1, min(3, len(VARIED[name]))))
+        try:
+            rows = scan(grid(axes))
+        except ConfigError:  # all of its points are impossible
+            continue
+        read = []
+        for suffix in suffixes:
+            write_scan(tmp_path / f"x{suffix}", rows)
+            read.append(read_scan(tmp_path / f"x{suffix}"))
+            assert b"NaN" not in (tmp_path / f"x{suffix}").read_bytes()
+        names = {name for row in rows for name in row}
+        tables = [[[row.get(name) for name in names] for row in one] for one in read]
+        assert all(table == tables[0] for table in tables)
+        numbers = ("distance_km", "block_bits", "misalignment", "dead_time_s", *COLUMNS)
+        x = draw.choice([name for name in numbers if name in rows[0]])
+        y = draw.choice([name for name in COLUMNS if name != x])
+        shown = {(row[x], row[y]) for row in rows if drawn(row, (x, y))}
+        if not shown:
+            with pytest.raises(ConfigError, match="no row that can be drawn"):
+                plots.plot_scan(draw.choice(read), x=x, y=y)
+            continue
+        pictures += 1
+        lines = plots.plot_scan(draw.choice(read), x=x, y=y)[1].lines
+        assert len({line.get_label() for line in lines}) == len(lines)
+        points = [list(zip(*line.get_data(), strict=True)) for line in lines]
+        finite = {one for some in points for one in some if all(map(math.isfinite, one))}
+        assert finite == shown
+        for line, some in zip(lines, points, strict=True):
+            dots = {some[place] for place in line.get_markevery() or ()}
+            joined = set()
+            for one, other in itertools.pairwise(some if line.get_linestyle() != "None" else []):
+                if all(map(math.isfinite, one + other)):
+                    assert steps_of(rows, one, other, (x, y)), (axes, x, y, one, other)
+                    joined |= {one, other}
+            assert dots | joined == {one for one in some if all(map(math.isfinite, one))}
+    assert pictures > 15

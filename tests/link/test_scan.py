@@ -33,9 +33,8 @@ from hybridkex.link.ranges import PICTURES
 from hybridkex.link.scan import (
     COLUMNS,
     ERROR,
-    OWN,
+    SETTINGS,
     SUFFIXES,
-    _parameters,
     evaluate,
     grid,
     read_scan,
@@ -103,8 +102,8 @@ def test_no_number_stands_for_what_is_not_known(
         again = read_scan(tmp_path / f"x{suffix}")
         assert {name for name in COLUMNS if again[0][name] is None} == set(unknown)
         for name in set(OF_A_BLOCK) & set(unknown):
-            line = plot_scan(again, x="distance_km", y=name)[1].lines[0]
-            assert list(line.get_ydata()) == [other[name]]
+            lines = plot_scan(again, x="distance_km", y=name)[1].lines
+            assert [one for line in lines for one in line.get_ydata()] == [other[name]]
 
 
 def test_any_setting_may_vary() -> None:
@@ -371,7 +370,7 @@ def test_a_scan_on_many_processes_that_is_killed(tmp_path: Path, fault: Any) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", [*OWN, *sorted(_parameters())])
+@pytest.mark.parametrize("name", [*SETTINGS])
 @pytest.mark.parametrize("value", ["a:b", math.inf, math.nan, True, [1, "a"], None, {}])
 def test_a_setting_of_the_wrong_type(name: str, value: Any) -> None:
     """Refused, or a value that the setting has: never a traceback, never a rate of zero."""
@@ -503,6 +502,59 @@ def test_an_impossible_point_has_a_row_that_says_why_and_the_scan_goes_on(
         scan(grid({"preset": ["bbm92"], "eve": ["pns"], "tuned": [False]}), blocks=blocks)
 
 
+@pytest.mark.parametrize(
+    ("point", "blocks"),
+    [
+        *(({"eve": eve}, n) for eve in ("nonsense", "", "split:2", "tamper:x", 5) for n in (0, 1)),
+        ({"eve": "tamper:0"}, 0),
+        ({"eve": "mitm"}, 0),
+        ({"eve": "pns", "preset": "bbm92"}, 0),
+        ({"eve": "pns", "preset": "bbm92"}, 1),
+        ({"correctness": 1e-100}, 0),
+        ({"block_bits": 536_870_912}, 0),
+    ],
+)
+def test_an_impossible_point_is_refused_where_no_key_is_made_too(
+    point: dict[str, Any], blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_work(*args: object, **more: object) -> None:
+        raise AssertionError("it is known before the search")
+
+    monkeypatch.setattr("hybridkex.link.scan.tuned", no_work)
+    with pytest.raises(ConfigError):
+        evaluate({"distance_km": 900, **point}, blocks=blocks)
+
+
+def test_wrong_values_are_empty_and_change_no_type_of_a_column(tmp_path: Path) -> None:
+    wrong: dict[str, list[Any]] = {
+        "distance_km": [math.nan, math.inf, "fifty", True],
+        "block_bits": [1e300, 0.5, "many", 10**30],
+        "eve": [5, True],
+        "tuned": [1, "maybe"],
+        "preset": [5, None],
+        "misalignment": ["x", math.nan, [1]],
+        "intensities": [0.5, "x", [math.nan]],
+    }
+    right = {"tuned": False, "misalignment": 0, "intensities": [0.5, 0.2, 2e-4]}
+    points = [right, *({**right, name: one} for name, values in wrong.items() for one in values)]
+    rows = scan(points)
+    assert [ERROR in row for row in rows] == [False] + [True] * (len(points) - 1)
+    assert {row[name] for row in rows for name in row if name in wrong} <= {
+        None, 50.0, 1_000_000, False, "lim2014", (0.5,), (0.5, 0.2, 2e-4),
+    }  # fmt: skip
+    tables = []
+    for suffix in SUFFIXES if "parquet" not in MISSING else SUFFIXES[::2]:
+        write_scan(tmp_path / f"x{suffix}", rows)
+        write_scan(tmp_path / f"y{suffix}", rows[:1])
+        tables.append([{ERROR: None, **row} for row in read_scan(tmp_path / f"x{suffix}")])
+    assert all(table == tables[0] for table in tables)
+    if "parquet" not in MISSING:
+        from pyarrow import parquet
+
+        whole, good = (parquet.read_schema(tmp_path / f"{name}.parquet") for name in "xy")
+        assert [one for one in whole if one.name != ERROR] == list(good)
+
+
 def test_a_column_of_parquet_has_one_type_in_all_files(tmp_path: Path) -> None:
     """Also where it is empty in all rows, so that files are read together."""
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -626,7 +678,7 @@ def test_a_distance_at_which_nothing_arrives_has_a_row(name: str, distance: floa
     rows = scan([{**point, "distance_km": distance}, {**point, "distance_km": 1}], blocks=1)
     assert rows[0]["blocks_aborted"] == 1
     assert rows[0]["rate"] == 0
-    assert rows[0]["seconds"] >= 0
+    assert rows[0]["seconds"] is None  # nobody knows when the light would have ended
     assert rows[1]["seconds"] > 0
 
 

@@ -114,11 +114,17 @@ def run_distil(options: DistilOptions) -> int:
                 if len(measured) == 2
                 else run_trio(partial(_one, measured[0], settings, options))
             )
-            keep("".join(f"{one.key_id} {one.key.reveal().hex()}\n" for one in block.keys))
+            if block.keys:
+                keep("".join(f"{one.key_id} {one.key.reveal().hex()}\n" for one in block.keys))
     except LinkError as error:
         print(json_line({"keys": 0, "aborted": str(error)}))
         return 1
-    line = {**asdict(replace(block, keys=())), "keys": len(block.keys)}
+    clock = settings.preset.channel.repetition_rate_hz  # which a file may leave out
+    line = {
+        **asdict(replace(block, keys=())),
+        "keys": len(block.keys),
+        "repetition_rate_hz": None if block.seconds is None else clock,
+    }
     line["epsilon"]["total"] = block.epsilon.total
     if block.too_short is not None:
         line["aborted"] = block.too_short

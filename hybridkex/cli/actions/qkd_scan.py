@@ -222,9 +222,12 @@ def plot(options: PlotOptions) -> int:
         if missing.name != "matplotlib":
             raise
         raise ConfigError("this needs matplotlib: pip install 'hybridkex[plot]'") from None
+    wrong = 0
     if options.scan is not None:
+        rows = read_scan(options.scan)
+        wrong = sum(row.get(ERROR) is not None for row in rows)
         figure, _ = plot_scan(
-            read_scan(options.scan),
+            rows,
             x=options.x or "distance_km",
             y=options.y or "rate",
             by=options.by,
@@ -241,4 +244,9 @@ def plot(options: PlotOptions) -> int:
     except OSError as error:
         raise write_error(options.output, error) from None
     print(options.output)
+    if wrong:
+        print(
+            f"hybridkex: rows with an error in place of results, which are not drawn: {wrong}",
+            file=sys.stderr,
+        )
     return 0

@@ -37,6 +37,10 @@ DETECTIONS_PER_BIT: Final = 25.0
 
 RESTARTS: Final = 5
 """The most restarts of the search from its result; it ends when one gives no better rate."""
+ROUGH: Final = 1e-3
+"""The tolerance of the searches from the starting points, of which the best one goes on."""
+NO_KEY: Final = 100.0
+"""The loss where there is no key, above that of every rate."""
 BLOCK_BITS: Final = (1.0, 1e15)
 """The blocks for which closed forms are evaluated."""
 EFFICIENCIES: Final = (0.0, 100.0)
@@ -196,18 +200,25 @@ def optimise(
             return math.inf
         length, pulses = expected(transmitter, smooth=True)
         # Where there is no key, less of a debt is better, so that the search finds its way out.
-        return -math.log(length.real / pulses) if length.real > 0 else 100.0 - length.real / pulses
+        return -math.log(length.real / pulses) if length.real > 0 else NO_KEY - length.real / pulses
 
-    def search(start: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+    def search(
+        start: NDArray[np.float64], tolerance: float = tolerance
+    ) -> tuple[float, NDArray[np.float64]]:
         options = {"maxiter": 1500, "xatol": 0.3 * math.sqrt(tolerance), "fatol": tolerance}
         found = minimize(loss, start, method="Nelder-Mead", options=options)
         return float(found.fun), found.x
+
+    def rough_search(start: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        least, best = search(start, max(ROUGH, tolerance))
+        # Where there is no key, the loss is nearly flat, and a rough search ends at once.
+        return (least, best) if least < NO_KEY else search(best)
 
     starts = STARTS[0 if pairs else intensities] if near is None else (_start(near),)
     if pairs is None and channel.gain(0.5) * channel.dead_pulses > 0.5:
         starts += DEAD_STARTS[intensities]
     least, best = min(
-        (search(_free(start, pairs is not None)) for start in starts), key=lambda one: one[0]
+        (rough_search(_free(start, pairs is not None)) for start in starts), key=lambda one: one[0]
     )
     for _ in range(RESTARTS):  # a simplex may shrink before it has arrived
         again, there = search(best)

@@ -117,6 +117,12 @@ async def test_small_blocks_end_in_keys_an_abort_or_one_line(
     assert [one.key for one in alice.keys] == [one.key for one in bob.keys]
 
 
+@pytest.mark.parametrize(("name", "distance"), [("lim2014", 0), ("gys2005", 10), ("lim2014", 80)])
+def test_the_search_finds_a_way_out_of_where_there_is_no_key(name: str, distance: float) -> None:
+    """Each starting point lies where 1,500 bits make no key."""
+    assert tuned(PRESETS[name].at(distance), 1500)
+
+
 def test_the_command_that_took_all_memory_takes_little_and_rare_key_bases_are_refused() -> None:
     best = tuned(PRESETS["rusca2018"].at(5), 1000)
     assert LinkSettings(preset=best, block_bits=1000).detections <= 30_000

@@ -7,6 +7,7 @@ that writes a file, takes its messages from here.
 import errno
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from hybridkex.errors import ConfigError
@@ -86,6 +87,15 @@ def write_error(what: object, error: OSError, *, elsewhere: str = _ELSEWHERE) ->
         elsewhere: the advice that tells how to choose another place.
     """
     return ConfigError(f"cannot write {what}: {_said(error).replace(_ELSEWHERE, elsewhere)}")
+
+
+@contextmanager
+def writing(what: object) -> Iterator[None]:
+    """In this context, an error of the operating system becomes that of :func:`write_error`."""
+    try:
+        yield
+    except OSError as error:
+        raise write_error(what, error) from None
 
 
 def refusal(error: BaseException) -> str | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hybridkex.errors import ConfigError
 from hybridkex.files import PUBLIC, write_file
-from hybridkex.machine import write_error
+from hybridkex.machine import writing
 
 
 def check_new_file(path: str | Path) -> None:
@@ -14,12 +14,10 @@ def check_new_file(path: str | Path) -> None:
     where = Path(path)
     if "\0" in str(path):
         raise ConfigError(f"cannot write {str(path)!r}: the path has invalid characters")
-    try:
+    with writing(path):
         if where.is_dir():
             raise ConfigError(f"cannot write {path}: Is a directory")
         where.parent.stat()
-    except OSError as error:
-        raise write_error(path, error) from None
     if not os.path.isdir(where.parent):
         raise ConfigError(f"cannot write {path}: Not a directory")
     system = os.statvfs(where.parent)
@@ -42,7 +40,5 @@ def write_port(path: str | Path | None, port: int) -> None:
     if path is None:
         return
     check_new_file(path)
-    try:
+    with writing(path):
         write_file(path, f"{port}\n".encode("ascii"), mode=PUBLIC)
-    except OSError as error:
-        raise write_error(path, error) from None

@@ -473,23 +473,18 @@ def _is_outside(certificate: x509.Certificate, constraints: x509.NameConstraints
             [one.value for one in trees or () if type(one) is type(name)]
             for trees in (constraints.permitted_subtrees, constraints.excluded_subtrees)
         )
-        if isinstance(name, x509.DNSName):
-            within = partial(_is_below, name.value.lower().removeprefix("*."))
-        elif isinstance(name, x509.IPAddress):
-            within = partial(_is_in, name.value)
-        else:
+        if not isinstance(name, x509.DNSName | x509.IPAddress):
             continue
+        within = partial(_is_within, name.value)
         if any(map(within, excluded)) or (permitted and not any(map(within, permitted))):
             return True
     return False
 
 
-def _is_below(name: str, base: str) -> bool:
-    return f".{name}".endswith(f".{base.lower()}")
-
-
-def _is_in(address: Any, network: Any) -> bool:
-    return address in network
+def _is_within(value: Any, tree: Any) -> bool:
+    if isinstance(value, str):
+        return f".{value.lower().removeprefix('*.')}".endswith(f".{tree.lower()}")
+    return value in tree
 
 
 _DNS_CONSTRAINT: Final = re.compile(r"[A-Za-z0-9.-]+")

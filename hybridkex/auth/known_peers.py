@@ -27,7 +27,7 @@ from hybridkex.auth.verified import PROOF, VerifiedPeer
 from hybridkex.constants import Alert
 from hybridkex.errors import CertificateRejected, ConfigError
 from hybridkex.files import open_private, read_utf8, write_file
-from hybridkex.machine import write_error
+from hybridkex.machine import writing
 from hybridkex.text import get_logger
 
 LOG: Final = get_logger(__name__)
@@ -208,18 +208,14 @@ class _locked:
         self._path = path.with_name(f".{path.name}.lock")
 
     def __enter__(self) -> None:
-        try:
+        with writing(self._path):
             self._file = open_private(self._path, append=True)
             fcntl.flock(self._file, fcntl.LOCK_EX)
-        except OSError as error:
-            raise write_error(self._path, error) from None
 
     def __exit__(self, *exc: object) -> None:
         self._file.close()
 
 
 def _replace(path: Path, text: str) -> None:
-    try:
+    with writing(path):
         write_file(path, text.encode("utf-8"))
-    except OSError as error:
-        raise write_error(path, error) from None

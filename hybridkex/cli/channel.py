@@ -27,7 +27,7 @@ from hybridkex.crypto.psk import ExternalPsk
 from hybridkex.crypto.suites import ALL_SUITES, SHA256, SHA384
 from hybridkex.errors import ConfigError
 from hybridkex.files import open_private
-from hybridkex.machine import write_error
+from hybridkex.machine import writing
 from hybridkex.secret import Secret
 from hybridkex.tls.config import ClientConfig, KeyLog, ServerConfig
 from hybridkex.tls.fresh_keys import FreshKeys
@@ -217,10 +217,8 @@ def _key_log(path: Path | None) -> Iterator[KeyLog | None]:
     if path is None:
         yield None
         return
-    try:
+    with writing(path):
         file = open_private(path, append=True)
-    except OSError as error:
-        raise write_error(path, error) from None
     failed = False
 
     def write(line: str) -> None:

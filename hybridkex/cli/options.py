@@ -105,6 +105,11 @@ class ChannelOptions:
     qkd: QkdOptions = nested(CHANNEL_KEYS)
     bind: str | None = option("the local IP address (default: any)", metavar="ADDR")
 
+    @property
+    def names_trust(self) -> bool:
+        """Whether they say whom to trust."""
+        return bool(self.ca or self.pin or self.known_peers or self.insecure)
+
 
 def port_file() -> Any:
     """The field of ``--port-file``."""

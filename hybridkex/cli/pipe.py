@@ -24,6 +24,14 @@ class ChannelFailed(HybridkexError):
     """The channel did not end cleanly."""
 
 
+async def shake_hands(stream: SecureStream[Any]) -> None:
+    """Run the handshake. Raises ``ChannelFailed``."""
+    try:
+        await stream.do_handshake()
+    except trio.BrokenResourceError as error:
+        raise ChannelFailed(f"handshake failed: {broken(error)}") from None
+
+
 def report(session: Session, *, as_json: bool) -> None:
     """Print on standard error what the keys rest on."""
     text = json_line(session.as_json()) if as_json else str(session)

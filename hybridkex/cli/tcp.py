@@ -1,5 +1,7 @@
 """TCP for the commands: errors come with the next step."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from hybridkex.apps.tcp import no_connection
@@ -22,6 +24,10 @@ def cannot_connect(where: object, error: Exception) -> ChannelFailed:
     return ChannelFailed(f"cannot connect to {where}: {no_connection(error)}")
 
 
-def cannot_listen(where: object, error: Exception) -> ChannelFailed:
-    """The error to raise when a port cannot be opened."""
-    return ChannelFailed(f"cannot listen on {where}: {no_connection(error)}")
+@contextmanager
+def opening(where: object) -> Iterator[None]:
+    """In this context a port is opened. Raises ``ChannelFailed``: it cannot be."""
+    try:
+        yield
+    except NO_TCP as error:
+        raise ChannelFailed(f"cannot listen on {where}: {no_connection(error)}") from None

@@ -219,41 +219,23 @@ class _EcdhStarted:
         return Secret(self.private_key.exchange(ec.ECDH(), public))
 
 
-class _MlKemPublic(Protocol):
-    def encapsulate(self) -> tuple[bytes, bytes]: ...
-    def public_bytes_raw(self) -> bytes: ...
-
-
-class _MlKemPrivate(Protocol):
-    def decapsulate(self, ciphertext: bytes, /) -> bytes: ...
-    def public_key(self) -> _MlKemPublic: ...
-
-
-class _MlKemModule(Protocol):
-    """The two calls in which ML-KEM-768 and ML-KEM-1024 differ."""
-
-    def generate(self) -> _MlKemPrivate: ...
-    def from_public_bytes(self, data: bytes, /) -> _MlKemPublic: ...
-
-
-class _MlKem768Module:
-    generate = staticmethod(mlkem.MLKEM768PrivateKey.generate)
-    from_public_bytes = staticmethod(mlkem.MLKEM768PublicKey.from_public_bytes)
-
-
-class _MlKem1024Module:
-    generate = staticmethod(mlkem.MLKEM1024PrivateKey.generate)
-    from_public_bytes = staticmethod(mlkem.MLKEM1024PublicKey.from_public_bytes)
-
-
 class _MlKem(_Single):
     """ML-KEM (FIPS 203): the encapsulation key goes out, the ciphertext comes back."""
 
     properties = Property.POST_QUANTUM
 
-    def __init__(self, name: str, module: _MlKemModule, *, key: int, ciphertext: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        private: type[mlkem.MLKEM768PrivateKey | mlkem.MLKEM1024PrivateKey],
+        public: type[mlkem.MLKEM768PublicKey | mlkem.MLKEM1024PublicKey],
+        *,
+        key: int,
+        ciphertext: int,
+    ) -> None:
         self.name = name
-        self.module = module
+        self.generate = private.generate
+        self.from_public_bytes = public.from_public_bytes
         self.offer_length = key
         self.answer_length = ciphertext
 
@@ -263,7 +245,7 @@ class _MlKem(_Single):
     def respond(self, peer_share: bytes) -> tuple[bytes, Secret]:
         check_length(self.name, peer_share, self.offer_length)
         try:
-            public = self.module.from_public_bytes(peer_share)
+            public = self.from_public_bytes(peer_share)
         except ValueError:
             # The modulus check of FIPS 203 section 7.2.
             raise IllegalParameter(
@@ -278,7 +260,7 @@ class _MlKemStarted:
 
     def __init__(self, kind: _MlKem) -> None:
         self._kind = kind
-        self.private_key = kind.module.generate()
+        self.private_key = kind.generate()
         self.share = self.private_key.public_key().public_bytes_raw()
 
     def finish(self, peer_share: bytes) -> Secret:
@@ -353,8 +335,12 @@ def _join(secrets: Sequence[Secret]) -> Secret:
 _X25519_EXCHANGE: Final = _X25519()
 _P256_EXCHANGE: Final = _Ecdh("P-256", ec.SECP256R1())
 _P384_EXCHANGE: Final = _Ecdh("P-384", ec.SECP384R1())
-_MLKEM768_EXCHANGE: Final = _MlKem("ML-KEM-768", _MlKem768Module(), key=1184, ciphertext=1088)
-_MLKEM1024_EXCHANGE: Final = _MlKem("ML-KEM-1024", _MlKem1024Module(), key=1568, ciphertext=1568)
+_MLKEM768_EXCHANGE: Final = _MlKem(
+    "ML-KEM-768", mlkem.MLKEM768PrivateKey, mlkem.MLKEM768PublicKey, key=1184, ciphertext=1088
+)
+_MLKEM1024_EXCHANGE: Final = _MlKem(
+    "ML-KEM-1024", mlkem.MLKEM1024PrivateKey, mlkem.MLKEM1024PublicKey, key=1568, ciphertext=1568
+)
 
 X25519: Final = Group(code=GroupCode.X25519, name="x25519", exchange=_X25519_EXCHANGE)
 SECP256R1: Final = Group(code=GroupCode.SECP256R1, name="secp256r1", exchange=_P256_EXCHANGE)

@@ -60,7 +60,7 @@ def kme_handler(kme: KeyManagementEntity, caller: str, metrics: KmeMetrics) -> h
             if refusal.status != 401:  # logged where it is decided
                 kme.log.log(logging.INFO, "%s: %s of %s: %s", kme.kme_id, call, caller, refusal)
             # The standard defines no body for 401, but two known clients read one.
-            response = http.Response.json(refusal.status, refusal.body.to_json())
+            response = http.Response.json(refusal.status, refusal.body)
         except ModelError as error:
             kme.log.log(logging.INFO, "%s: %s of %s: %s", kme.kme_id, call, caller, error)
             response = http.Response.json(400, {"message": f"Bad request format: {error}"})

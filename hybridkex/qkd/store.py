@@ -43,7 +43,7 @@ from hybridkex.errors import (
     KeyUnknown,
 )
 from hybridkex.files import create_file, read_file
-from hybridkex.machine import write_error
+from hybridkex.machine import writing
 from hybridkex.secret import Secret
 
 __all__ = [
@@ -639,10 +639,8 @@ def new_key_file() -> bytes:
 
 def write_key_file(path: Path) -> None:
     """Create a key file that only its owner can read. Raises ``ConfigError`` if the file exists."""
-    try:
+    with writing(f"the key file {path}"):
         create_file(path, new_key_file())
-    except OSError as error:
-        raise write_error(f"the key file {path}", error) from error
 
 
 def read_key_file(path: Path) -> Secret:

@@ -21,12 +21,9 @@ from hybridkex.constants import (
     PskKeyExchangeMode,
 )
 from hybridkex.crypto.kex import Group, Started
-from hybridkex.crypto.one_time_pad import Pad
 from hybridkex.crypto.psk import ExternalPsk
-from hybridkex.crypto.schedule import EarlySecret, HandshakeSecret, TrafficSecret
 from hybridkex.crypto.signatures import CERTIFICATE_ONLY_SCHEMES, choose_scheme
 from hybridkex.crypto.suites import CipherSuite
-from hybridkex.crypto.update_schedule import Generation
 from hybridkex.errors import (
     CertificateRejected,
     DecodeError,
@@ -50,9 +47,7 @@ from hybridkex.tls.certificate_types import (
     check_entries,
 )
 from hybridkex.tls.config import ClientConfig
-from hybridkex.tls.epochs import KeyUpdates
-from hybridkex.tls.events import HandshakeCompleted, PskWanted, SessionProposed
-from hybridkex.tls.extended_key_update import Updates
+from hybridkex.tls.events import PskWanted, SessionProposed
 from hybridkex.tls.policy import Authentication, Requirement
 from hybridkex.tls.record_layer import RecordLayer
 from hybridkex.tls.session import AuthenticatedBy, Session, SessionTicket
@@ -489,17 +484,10 @@ def _accept(
 
     records.reader.check_message_boundary()
     shared = started.finish(share.entry.share)
-    digest = transcript.digest()
-    early = psk.early_secret if psk is not None else EarlySecret.start(suite.hash)
-    secret = early.handshake_secret(shared)
-    server = secret.server_handshake_traffic(suite, digest)
-    client = secret.client_handshake_traffic(suite, digest)
-    records.log_secret("SERVER_HANDSHAKE_TRAFFIC_SECRET", server.secret)
-    records.log_secret("CLIENT_HANDSHAKE_TRAFFIC_SECRET", client.secret)
-    records.reader.change_key(server)
-    records.writer.change_key(client)
+    keys = negotiation.HandshakeKeys.derive(suite, psk, shared, transcript, records)
+    records.reader.change_key(keys.server)
+    records.writer.change_key(keys.client)
     records.writer.change_cipher_spec_due = offer.config.compatibility_mode
-    keys = _Keys(suite, secret, client, server)
     group = _find_group(offer.config, share.entry.group)
     return WaitEncryptedExtensions(offer, group, psk, verifier, keys, transcript)
 
@@ -541,16 +529,6 @@ def _verifier_without_psk(config: ClientConfig, why: str) -> AnyServerVerifier:
 
 
 @value
-class _Keys:
-    """The keys of the encrypted part of the handshake."""
-
-    suite: CipherSuite
-    secret: HandshakeSecret
-    client: TrafficSecret
-    server: TrafficSecret
-
-
-@value
 class WaitEncryptedExtensions(ClientState):
     """The state after ServerHello."""
 
@@ -559,7 +537,7 @@ class WaitEncryptedExtensions(ClientState):
     psk: negotiation.Psk | None
     verifier: AnyServerVerifier | None
     """Decides about the server's certificate; ``None`` where the PSK alone authenticates it."""
-    keys: _Keys
+    keys: negotiation.HandshakeKeys
     transcript: Transcript
 
     def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ClientState:
@@ -570,14 +548,21 @@ class WaitEncryptedExtensions(ClientState):
         server_type = answers.get(ext.ServerCertificateTypeChoice)
         client_type = answers.get(ext.ClientCertificateTypeChoice)
         transcript = self.transcript.add(raw)
-        negotiated = _Negotiated(
-            offer=self.offer,
+        config, name = self.offer.config, self.offer.name
+        negotiated = negotiation.Negotiated(
+            suite=self.keys.suite,
             group=self.group,
             psk=self.psk,
-            keys=self.keys,
             alpn=self._protocol(answers.get(ext.AlpnChoice)),
             extensions=self._application_answers(answers),
-            agreed=fresh_negotiation.read_answer(self.offer.config, answers),
+            server_name=str(name) if name is not None else None,
+            policy=config.policy_in_force,
+            agreed=fresh_negotiation.read_answer(config, answers),
+        )
+        handshake = _Handshake(
+            offer=self.offer,
+            keys=self.keys,
+            negotiated=negotiated,
             server_type=check_choice(
                 server_type.chosen if server_type else None, self.offer.constant.server_types
             ),
@@ -586,9 +571,9 @@ class WaitEncryptedExtensions(ClientState):
             ),
         )
         if self.verifier is None:
-            proof = negotiation.PeerProof(self._resumed_peer(), None, self.psk)
-            return WaitFinished(negotiated, proof, None, transcript)
-        return WaitCertificateOrRequest(negotiated, self.verifier, transcript)
+            proof = negotiation.PeerProof(self._resumed_peer(), None)
+            return WaitFinished(handshake, proof, None, transcript)
+        return WaitCertificateOrRequest(handshake, self.verifier, transcript)
 
     def _protocol(self, choice: ext.AlpnChoice | None) -> bytes | None:
         """RFC 7301 section 3.2."""
@@ -625,17 +610,12 @@ class WaitEncryptedExtensions(ClientState):
 
 
 @value
-class _Negotiated:
-    """The parameters from ServerHello and EncryptedExtensions."""
+class _Handshake:
+    """The handshake after EncryptedExtensions."""
 
     offer: _Offer
-    group: Group
-    psk: negotiation.Psk | None
-    keys: _Keys
-    alpn: bytes | None
-    extensions: tuple[ext.Extension, ...]
-    """The server's answers to the extensions of the configuration."""
-    agreed: fresh_negotiation.Agreed
+    keys: negotiation.HandshakeKeys
+    negotiated: negotiation.Negotiated
     server_type: int
     """The type of the server's credential: a code of ``CertificateType``."""
     client_type: int
@@ -646,13 +626,13 @@ class _Negotiated:
 class WaitCertificateOrRequest(ClientState):
     """The state after EncryptedExtensions, if the server authenticates with a certificate."""
 
-    negotiated: _Negotiated
+    handshake: _Handshake
     verifier: AnyServerVerifier
     transcript: Transcript
 
     def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ClientState:
         if isinstance(message, wire.Certificate):
-            state = WaitCertificate(self.negotiated, self.verifier, None, self.transcript)
+            state = WaitCertificate(self.handshake, self.verifier, None, self.transcript)
             return state.handle(message, raw, records)
         assert isinstance(message, wire.CertificateRequest)
         if message.context:
@@ -663,14 +643,14 @@ class WaitCertificateOrRequest(ClientState):
         if schemes is None:
             raise MissingExtension("CertificateRequest without signature_algorithms")
         transcript = self.transcript.add(raw)
-        return WaitCertificate(self.negotiated, self.verifier, schemes.codes, transcript)
+        return WaitCertificate(self.handshake, self.verifier, schemes.codes, transcript)
 
 
 @value
 class WaitCertificate(ClientState):
     """The state before the server's Certificate."""
 
-    negotiated: _Negotiated
+    handshake: _Handshake
     verifier: AnyServerVerifier
     requested: tuple[int, ...] | None
     """The schemes of the server's CertificateRequest, if it sent one."""
@@ -687,20 +667,20 @@ class WaitCertificate(ClientState):
                 "the server sent no certificate", Reason.CERTIFICATE_MISSING
             )  # section 4.5.1.3
         for _, extensions in message.entries:
-            _check_answers(self.negotiated.offer, ext.MessageKind.CERTIFICATE, extensions)
-        kind, name = self.negotiated.server_type, self.negotiated.offer.name
+            _check_answers(self.handshake.offer, ext.MessageKind.CERTIFICATE, extensions)
+        kind, name = self.handshake.server_type, self.handshake.offer.name
         check_entries(kind, message)
-        now = self.negotiated.offer.config.clock()
+        now = self.handshake.offer.config.clock()
         peer = accept_server(self.verifier, kind, message.chain, name, now)
         transcript = self.transcript.add(raw)
-        return WaitCertificateVerify(self.negotiated, peer, self.requested, transcript)
+        return WaitCertificateVerify(self.handshake, peer, self.requested, transcript)
 
 
 @value
 class WaitCertificateVerify(ClientState):
     """The certificate is accepted; the server must prove that it has the private key."""
 
-    negotiated: _Negotiated
+    handshake: _Handshake
     peer: VerifiedPeer
     requested: tuple[int, ...] | None
     transcript: Transcript
@@ -710,65 +690,49 @@ class WaitCertificateVerify(ClientState):
         scheme = negotiation.verify_signature(
             message,
             self.peer,
-            self.negotiated.offer.config.signature_schemes,
+            self.handshake.offer.config.signature_schemes,
             Label.SERVER_CERTIFICATE_VERIFY,
             self.transcript,
         )
-        proof = negotiation.PeerProof(self.peer, scheme, self.negotiated.psk)
-        return WaitFinished(self.negotiated, proof, self.requested, self.transcript.add(raw))
+        proof = negotiation.PeerProof(self.peer, scheme)
+        return WaitFinished(self.handshake, proof, self.requested, self.transcript.add(raw))
 
 
 @value
 class WaitFinished(ClientState):
     """The server is authenticated; its Finished confirms the whole handshake."""
 
-    negotiated: _Negotiated
+    handshake: _Handshake
     proof: negotiation.PeerProof
     requested: tuple[int, ...] | None
     transcript: Transcript
 
     def handle(self, message: Message, raw: bytes, records: RecordLayer) -> ClientState:
         assert isinstance(message, wire.Finished)
-        negotiation.check_finished(message, self.negotiated.keys.server, self.transcript)
+        negotiation.check_finished(message, self.handshake.keys.server, self.transcript)
         records.reader.check_message_boundary()
         records.reader.change_cipher_spec_allowed = False
         transcript = self.transcript.add(raw)
-        session = self._session()
-        check_session(self.negotiated.offer.config, session)
-        records.emit(SessionProposed(session, self.proof.certificate))
-        return Proposed(self.negotiated, self.proof, self.requested, session, transcript)
-
-    def _session(self) -> Session:
-        negotiated, proof = self.negotiated, self.proof
-        config, resumption = negotiated.offer.config, negotiated.offer.resumption
-        if proof.psk is not None and proof.psk.resumption and resumption is not None:
-            ticket = resumption.ticket
-            by, began_at = ticket.authenticated_by, ticket.began_at
-        else:
-            signed = proof.scheme is not None
-            by = negotiation.authenticated_by(proof.certificate, proof.psk, has_certificate=signed)
-            began_at = config.clock()
-        return negotiation.describe(
-            suite=negotiated.keys.suite,
-            group=negotiated.group,
-            psk=proof.psk,
-            authenticated=by,
+        proof, offer, negotiated = self.proof, self.handshake.offer, self.handshake.negotiated
+        resumption = offer.resumption if negotiated.psk and negotiated.psk.resumption else None
+        session = negotiation.describe(
+            negotiated,
+            ticket=resumption.ticket if resumption is not None else None,
             scheme=proof.scheme,
-            alpn=negotiated.alpn,
-            extensions=negotiated.extensions,
-            server_name=str(negotiated.offer.name) if negotiated.offer.name is not None else None,
             peer=proof.certificate,
-            policy=config.policy_in_force,
-            began_at=began_at,
-            agreed=negotiated.agreed,
+            checked=proof.certificate is None or proof.certificate.verified_by != "insecure",
+            now=offer.config.clock(),
         )
+        check_session(offer.config, session)
+        records.emit(SessionProposed(session, proof.certificate))
+        return Proposed(self.handshake, proof, self.requested, session, transcript)
 
 
 @value
 class Proposed(ClientState):
     """The server's Finished is verified; our caller decides before we send ours."""
 
-    negotiated: _Negotiated
+    handshake: _Handshake
     proof: negotiation.PeerProof
     requested: tuple[int, ...] | None
     session: Session
@@ -776,36 +740,19 @@ class Proposed(ClientState):
 
     def accept(self, session: Session, records: RecordLayer) -> ClientTraffic:
         """[Certificate, CertificateVerify,] Finished."""
-        negotiated, keys = self.negotiated, self.negotiated.keys
-        suite, transcript = keys.suite, self.transcript
-        digest = transcript.digest()
-        main = keys.secret.main_secret()
-        server = main.server_application_traffic(suite, digest)
-        client = main.client_application_traffic(suite, digest)
-        exporter = main.exporter_secret(digest)
-        records.log_secret("SERVER_TRAFFIC_SECRET_0", server.secret)
-        records.log_secret("CLIENT_TRAFFIC_SECRET_0", client.secret)
-        records.log_secret("EXPORTER_SECRET", exporter.secret)
-
+        keys, transcript, config = self.handshake.keys, self.transcript, self.handshake.offer.config
+        main = keys.application_keys(transcript, records)
         if self.requested is not None:
             transcript = self._authenticate(records, self.requested)
         finished = wire.Finished(keys.client.finished(transcript.digest()))
         transcript = transcript.add(records.writer.send(finished))
-        records.reader.change_key(server)
-        records.writer.change_key(client)
+        records.reader.change_key(main.server)
+        records.writer.change_key(main.client)
         records.reader.data_allowed = True
-
-        complete = transcript.digest()
-        config, updates = negotiated.offer.config, None
-        resumption = None if config.ticket_store is None else main.resumption_secret(complete)
-        kind = negotiated.agreed.key_updates
-        if kind is not KeyUpdates.STANDARD:
-            first = Generation.first(suite, main, digest, complete)
-            updates = Updates(records, config, kind, negotiated.group, first)
-        if negotiated.agreed.one_time_pad:
-            records.reader.pad, records.writer.pad = Pad(), Pad()
-        connected = Connected(session, suite, exporter, resumption, updates)
-        records.emit(HandshakeCompleted(session))
+        negotiated, tickets = self.handshake.negotiated, config.ticket_store is not None
+        connected = Connected.complete(
+            session, negotiated, main, transcript, config, records, tickets=tickets
+        )
         peer = self.proof.certificate
         presented = peer.certificate if peer is not None else None
         return ClientTraffic(connected, config, presented)
@@ -813,9 +760,9 @@ class Proposed(ClientState):
     def _authenticate(self, records: RecordLayer, requested: tuple[int, ...]) -> Transcript:
         """Send Certificate and CertificateVerify, or an empty Certificate where we have none that
         fits. Returns the transcript with what was sent."""
-        config, transcript = self.negotiated.offer.config, self.transcript
+        config, transcript = self.handshake.offer.config, self.transcript
         identity, scheme = config.identity, None
-        if identity is not None and identity.certificate_type == self.negotiated.client_type:
+        if identity is not None and identity.certificate_type == self.handshake.client_type:
             scheme = choose_scheme(identity.signing_key, config.signature_schemes, requested)
         shown = () if identity is None or scheme is None else identity.chain
         certificate = negotiation.certificate_message(shown)

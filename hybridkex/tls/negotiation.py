@@ -1,4 +1,4 @@
-"""Code that client and server share in a handshake: offered PSKs, signed content, the proofs."""
+"""Code that client and server share in a handshake: offered PSKs, keys, signed content, proofs."""
 
 import hmac
 from collections.abc import Iterable, Sequence
@@ -9,7 +9,13 @@ from hybridkex.auth import Identity, RawIdentity, VerifiedPeer
 from hybridkex.constants import TLS13, Label
 from hybridkex.crypto.kex import Group, Property
 from hybridkex.crypto.psk import ExternalPsk, import_key
-from hybridkex.crypto.schedule import EarlySecret, TrafficSecret
+from hybridkex.crypto.schedule import (
+    EarlySecret,
+    ExporterSecret,
+    HandshakeSecret,
+    MainSecret,
+    TrafficSecret,
+)
 from hybridkex.crypto.signatures import SignatureScheme
 from hybridkex.crypto.suites import CipherSuite, HashFunction
 from hybridkex.errors import DecryptError, IllegalParameter
@@ -18,7 +24,9 @@ from hybridkex.secret import Secret
 from hybridkex.text import printable
 from hybridkex.tls.fresh_negotiation import Agreed
 from hybridkex.tls.policy import Policy
-from hybridkex.tls.session import AuthenticatedBy, Session
+from hybridkex.tls.record_layer import RecordLayer
+from hybridkex.tls.session import AuthenticatedBy, Session, SessionTicket
+from hybridkex.tls.tickets import TicketState
 from hybridkex.tls.transcript import Transcript
 from hybridkex.values import value
 from hybridkex.wire import extensions as ext
@@ -84,7 +92,77 @@ class PeerProof:
 
     certificate: VerifiedPeer | None
     scheme: SignatureScheme | None
+
+
+@value
+class HandshakeKeys:
+    """The keys of the encrypted part of the handshake."""
+
+    suite: CipherSuite
+    secret: HandshakeSecret
+    client: TrafficSecret
+    server: TrafficSecret
+
+    @classmethod
+    def derive(
+        cls,
+        suite: CipherSuite,
+        psk: Psk | None,
+        shared: Secret,
+        transcript: Transcript,
+        records: RecordLayer,
+    ) -> "HandshakeKeys":
+        """``shared`` is the secret of the key exchange; ``transcript``: ClientHello...ServerHello.
+
+        The record layer logs them for a key log.
+        """
+        early = psk.early_secret if psk is not None else EarlySecret.start(suite.hash)
+        secret = early.handshake_secret(shared)
+        digest = transcript.digest()
+        server = secret.server_handshake_traffic(suite, digest)
+        client = secret.client_handshake_traffic(suite, digest)
+        records.log_secret("SERVER_HANDSHAKE_TRAFFIC_SECRET", server.secret)
+        records.log_secret("CLIENT_HANDSHAKE_TRAFFIC_SECRET", client.secret)
+        return cls(suite, secret, client, server)
+
+    def application_keys(self, transcript: Transcript, records: RecordLayer) -> "ApplicationKeys":
+        """The keys of application data; ``transcript``: ClientHello...server Finished."""
+        digest = transcript.digest()
+        main = self.secret.main_secret()
+        server = main.server_application_traffic(self.suite, digest)
+        client = main.client_application_traffic(self.suite, digest)
+        exporter = main.exporter_secret(digest)
+        records.log_secret("SERVER_TRAFFIC_SECRET_0", server.secret)
+        records.log_secret("CLIENT_TRAFFIC_SECRET_0", client.secret)
+        records.log_secret("EXPORTER_SECRET", exporter.secret)
+        return ApplicationKeys(main, client, server, exporter, digest)
+
+
+@value
+class ApplicationKeys:
+    """The last stage of the key schedule."""
+
+    main: MainSecret
+    client: TrafficSecret
+    server: TrafficSecret
+    exporter: ExporterSecret
+    digest: bytes
+    """The hash of ClientHello...server Finished."""
+
+
+@value
+class Negotiated:
+    """What both sides have agreed on, with ServerHello and EncryptedExtensions."""
+
+    suite: CipherSuite
+    group: Group
     psk: Psk | None
+    alpn: bytes | None
+    extensions: tuple[ext.Extension, ...]
+    """Those of the application: the server's answers at a client, the offers at a server."""
+    server_name: str | None
+    policy: Policy
+    agreed: Agreed
 
 
 _PREFIX: Final = b" " * 64
@@ -141,52 +219,52 @@ def check_finished(message: Finished, traffic: TrafficSecret, transcript: Transc
         )
 
 
-def authenticated_by(
-    certificate: VerifiedPeer | None, psk: Psk | None, *, has_certificate: bool
-) -> AuthenticatedBy:
-    """The way in which the server was authenticated, in a handshake that is not a resumption."""
-    if psk is not None:
-        return AuthenticatedBy.BOTH if has_certificate else AuthenticatedBy.PSK
-    if certificate is not None and certificate.verified_by == "insecure":
-        return AuthenticatedBy.NOTHING
-    return AuthenticatedBy.CERTIFICATE
-
-
 def describe(
+    negotiated: Negotiated,
     *,
-    suite: CipherSuite,
-    group: Group,
-    psk: Psk | None,
-    authenticated: AuthenticatedBy,
+    ticket: SessionTicket | TicketState | None,
     scheme: SignatureScheme | None,
-    alpn: bytes | None,
-    extensions: tuple[ext.Extension, ...],
-    server_name: str | None,
     peer: VerifiedPeer | None,
-    policy: Policy,
-    began_at: float,
-    agreed: Agreed,
+    checked: bool,
+    now: float,
 ) -> Session:
-    """The session, from what the handshake settled."""
+    """The session, from what the handshake settled.
+
+    Args:
+        negotiated: with the peer.
+        ticket: of the session that is resumed.
+        scheme: of the server's signature, if it has signed.
+        peer: the other side, if it has shown who it is.
+        checked: whether the server's certificate was checked, if it has shown one.
+        now: seconds since the epoch.
+    """
+    suite, group, psk = negotiated.suite, negotiated.group, negotiated.psk
+    alpn, server_name = negotiated.alpn, negotiated.server_name
+    if ticket is not None:
+        by = ticket.authenticated_by
+    elif psk is not None:
+        by = AuthenticatedBy.BOTH if scheme is not None else AuthenticatedBy.PSK
+    else:
+        by = AuthenticatedBy.CERTIFICATE if checked else AuthenticatedBy.NOTHING
     return Session(
         cipher_suite=suite.name,
         group=group.name,
         parts=group.part_names,
         post_quantum=Property.POST_QUANTUM in group.properties,
-        authenticated_by=authenticated,
+        authenticated_by=by,
         signature_scheme=scheme.name if scheme is not None else None,
         psk_identity=psk.external_identity if psk is not None else None,
         psk_context=psk.external_context if psk is not None else None,
         psk_origin=psk.origin if psk is not None else None,
         resumed=psk is not None and psk.resumption,
         alpn=printable(alpn.decode("utf-8", "backslashreplace")) if alpn is not None else None,
-        extensions=extensions,
+        extensions=negotiated.extensions,
         server_name=printable(server_name) if server_name is not None else None,
         peer_credential=peer.certificate if peer is not None else None,
         verified_by=peer.verified_by if peer is not None else None,
         vouched_names=peer.vouched_names if peer is not None else (),
-        policy=policy,
-        began_at=began_at,
-        key_updates=agreed.key_updates,
-        one_time_pad=agreed.one_time_pad,
+        policy=negotiated.policy,
+        began_at=float(ticket.began_at) if ticket is not None else now,
+        key_updates=negotiated.agreed.key_updates,
+        one_time_pad=negotiated.agreed.one_time_pad,
     )

@@ -13,18 +13,10 @@ from typing import Final
 from hybridkex.auth import VerifiedPeer
 from hybridkex.constants import HELLO_RETRY_RANDOM, TLS13, HandshakeType, Label
 from hybridkex.crypto.kex import Group
-from hybridkex.crypto.one_time_pad import Pad
 from hybridkex.crypto.psk import ExternalPsk
-from hybridkex.crypto.schedule import (
-    EarlySecret,
-    ExporterSecret,
-    HandshakeSecret,
-    MainSecret,
-    TrafficSecret,
-)
+from hybridkex.crypto.schedule import TrafficSecret
 from hybridkex.crypto.signatures import CERTIFICATE_ONLY_SCHEMES
 from hybridkex.crypto.suites import CipherSuite
-from hybridkex.crypto.update_schedule import Generation
 from hybridkex.errors import (
     CertificateRejected,
     DecryptError,
@@ -44,9 +36,7 @@ from hybridkex.tls import server_choice as chosen
 from hybridkex.tls.admission import check_session
 from hybridkex.tls.certificate_types import accept_client, check_entries
 from hybridkex.tls.config import ServerConfig
-from hybridkex.tls.epochs import KeyUpdates
-from hybridkex.tls.events import HandshakeCompleted, PskWanted, SessionProposed
-from hybridkex.tls.extended_key_update import Updates
+from hybridkex.tls.events import PskWanted, SessionProposed
 from hybridkex.tls.policy import Authentication, Requirement
 from hybridkex.tls.record_layer import RecordLayer
 from hybridkex.tls.session import Session
@@ -281,15 +271,9 @@ def _respond(
     )
     transcript = choice.transcript.add(hello.raw, records.writer.send(message))
     records.writer.send_change_cipher_spec()
-    early = psk.early_secret if psk is not None else EarlySecret.start(suite.hash)
-    secret = early.handshake_secret(shared)
-    digest = transcript.digest()
-    client = secret.client_handshake_traffic(suite, digest)
-    server = secret.server_handshake_traffic(suite, digest)
-    records.log_secret("SERVER_HANDSHAKE_TRAFFIC_SECRET", server.secret)
-    records.log_secret("CLIENT_HANDSHAKE_TRAFFIC_SECRET", client.secret)
-    records.writer.change_key(server)
-    records.reader.change_key(client)
+    keys = negotiation.HandshakeKeys.derive(suite, psk, shared, transcript, records)
+    records.writer.change_key(keys.server)
+    records.reader.change_key(keys.client)
 
     # A client is asked only by a server that shows a certificate itself (section 4.4.2).
     asked = choice.client_credential if credential is not None else None
@@ -299,10 +283,11 @@ def _respond(
         transcript = transcript.add(sent)
     else:
         transcript = _authenticate(choice, credential, asked, transcript, sent, records)
-    finished = wire.Finished(server.finished(transcript.digest()))
+    finished = wire.Finished(keys.server.finished(transcript.digest()))
     transcript = transcript.add(records.writer.send(finished))
-    main = _start_writing(secret, suite, transcript, records)
-    flight = _ServerFlight(choice, selected, credential, client, main)
+    main = keys.application_keys(transcript, records)
+    records.writer.change_key(main.server)
+    flight = _ServerFlight(choice, selected, credential, keys.client, main)
     if asked is not None:
         return WaitClientCertificate(flight, asked, transcript)
     return WaitClientFinished(flight, None, transcript)
@@ -436,33 +421,6 @@ def _authenticate(
 
 
 @value
-class _MainKeys:
-    """The last stage of the key schedule, and what waits for the client's Finished."""
-
-    secret: MainSecret
-    client: TrafficSecret
-    exporter: ExporterSecret
-    digest: bytes
-    """The hash of ClientHello...server Finished."""
-
-
-def _start_writing(
-    secret: HandshakeSecret, suite: CipherSuite, transcript: Transcript, records: RecordLayer
-) -> _MainKeys:
-    """Derive the keys of application data and write under ours."""
-    digest = transcript.digest()
-    main = secret.main_secret()
-    server = main.server_application_traffic(suite, digest)
-    client = main.client_application_traffic(suite, digest)
-    exporter = main.exporter_secret(digest)
-    records.log_secret("SERVER_TRAFFIC_SECRET_0", server.secret)
-    records.log_secret("CLIENT_TRAFFIC_SECRET_0", client.secret)
-    records.log_secret("EXPORTER_SECRET", exporter.secret)
-    records.writer.change_key(server)
-    return _MainKeys(main, client, exporter, digest)
-
-
-@value
 class _ServerFlight:
     """The server's flight, ServerHello to Finished, once it is queued."""
 
@@ -471,7 +429,7 @@ class _ServerFlight:
     credential: chosen.Credential | None
     """Our credential; ``None`` if the PSK alone authenticates us."""
     client_handshake: TrafficSecret
-    main: _MainKeys
+    main: negotiation.ApplicationKeys
 
 
 @value
@@ -540,32 +498,28 @@ class WaitClientFinished(ServerState):
         records.reader.change_cipher_spec_allowed = False
         transcript = self.transcript.add(raw)
         resumption = selected.resumption if selected is not None else None
-        psk = selected.psk if selected is not None else None
-        if resumption is not None:
-            peer, began_at = resumption.peer, float(resumption.ticket.began_at)
-            by = resumption.ticket.authenticated_by
-        else:
-            peer, began_at = self.peer, choice.config.clock()
-            by = negotiation.authenticated_by(
-                None, psk, has_certificate=flight.credential is not None
-            )
-        session = negotiation.describe(
+        peer = resumption.peer if resumption is not None else self.peer
+        negotiated = negotiation.Negotiated(
             suite=choice.suite,
             group=choice.group,
-            psk=psk,
-            authenticated=by,
-            scheme=flight.credential.scheme if flight.credential is not None else None,
+            psk=selected.psk if selected is not None else None,
             alpn=choice.alpn,
             extensions=tuple(offered for offered, _ in choice.application),
             server_name=choice.hello.server_name,
-            peer=peer,
             policy=choice.config.policy_in_force,
-            began_at=began_at,
             agreed=choice.agreed,
+        )
+        session = negotiation.describe(
+            negotiated,
+            ticket=resumption.ticket if resumption is not None else None,
+            scheme=flight.credential.scheme if flight.credential is not None else None,
+            peer=peer,
+            checked=True,
+            now=choice.config.clock(),
         )
         check_session(choice.config, session)
         records.emit(SessionProposed(session, peer))
-        return Proposed(flight, peer, session, transcript)
+        return Proposed(flight, negotiated, peer, session, transcript)
 
 
 @value
@@ -573,6 +527,7 @@ class Proposed(ServerState):
     """The client's Finished is verified; our caller decides before anything else is read."""
 
     flight: _ServerFlight
+    negotiated: negotiation.Negotiated
     peer: VerifiedPeer | None
     session: Session
     transcript: Transcript
@@ -582,19 +537,11 @@ class Proposed(ServerState):
         choice, main = self.flight.choice, self.flight.main
         records.reader.change_key(main.client)
         records.reader.data_allowed = True
-        complete = self.transcript.digest()
         # A client can use tickets if it offered psk_dhe_ke (section 4.3.9).
         tickets = choice.config.tickets is not None and choice.hello.psk_dhe
-        resumption = main.secret.resumption_secret(complete) if tickets else None
-        updates = None
-        if choice.agreed.key_updates is not KeyUpdates.STANDARD:
-            first = Generation.first(choice.suite, main.secret, main.digest, complete)
-            kind, config = choice.agreed.key_updates, choice.config
-            updates = Updates(records, config, kind, choice.group, first)
-        if choice.agreed.one_time_pad:
-            records.reader.pad, records.writer.pad = Pad(), Pad()
-        connected = Connected(session, choice.suite, main.exporter, resumption, updates)
-        records.emit(HandshakeCompleted(session))
+        connected = Connected.complete(
+            session, self.negotiated, main, self.transcript, choice.config, records, tickets=tickets
+        )
         presented = self.peer.certificate if self.peer is not None else None
         own = choice.credential.identity if choice.credential is not None else None
         return ServerTraffic(connected, choice.config, presented, own)

@@ -6,25 +6,30 @@ from typing import Final, Self
 
 from hybridkex.auth import Identity, Presented, RawIdentity
 from hybridkex.constants import CertificateType
+from hybridkex.crypto.one_time_pad import Pad
 from hybridkex.crypto.schedule import ExporterSecret, ResumptionSecret
 from hybridkex.crypto.suites import CipherSuite
+from hybridkex.crypto.update_schedule import Generation
 from hybridkex.errors import IllegalParameter, LocalStateError, PadExhausted, UnexpectedMessage
 from hybridkex.reasons import Reason
 from hybridkex.tls.admission import remaining_lifetime
 from hybridkex.tls.config import ClientConfig, ServerConfig
-from hybridkex.tls.epochs import KEPT_EPOCHS, Epoch
+from hybridkex.tls.epochs import KEPT_EPOCHS, Epoch, KeyUpdates
 from hybridkex.tls.events import (
     EpochBegan,
+    HandshakeCompleted,
     KeyUpdated,
     PadKeyWanted,
     TicketReceived,
     UpdateWanted,
 )
 from hybridkex.tls.extended_key_update import Updates
+from hybridkex.tls.negotiation import ApplicationKeys, Negotiated
 from hybridkex.tls.one_time_pad import MAX_PAD_KEYS, available, content_within
 from hybridkex.tls.record_layer import RecordLayer
 from hybridkex.tls.session import MAX_TICKET_LIFETIME, Session, SessionTicket
 from hybridkex.tls.tickets import TicketIssuer, TicketState
+from hybridkex.tls.transcript import Transcript
 from hybridkex.values import value
 from hybridkex.wire import extensions as ext
 from hybridkex.wire.message import Message
@@ -53,6 +58,30 @@ class Connected:
     """``None`` where there will be no session tickets."""
     updates: Updates | None
     """The key updates, where Extended Key Update is negotiated."""
+
+    @classmethod
+    def complete(
+        cls,
+        session: Session,
+        negotiated: Negotiated,
+        keys: ApplicationKeys,
+        transcript: Transcript,
+        config: ClientConfig | ServerConfig,
+        records: RecordLayer,
+        *,
+        tickets: bool,
+    ) -> Self:
+        """The handshake is complete, with ``transcript``; ``tickets``: there may be some."""
+        complete, suite = transcript.digest(), negotiated.suite
+        resumption = keys.main.resumption_secret(complete) if tickets else None
+        updates, kind = None, negotiated.agreed.key_updates
+        if kind is not KeyUpdates.STANDARD:
+            first = Generation.first(suite, keys.main, keys.digest, complete)
+            updates = Updates(records, config, kind, negotiated.group, first)
+        if negotiated.agreed.one_time_pad:
+            records.reader.pad, records.writer.pad = Pad(), Pad()
+        records.emit(HandshakeCompleted(session))
+        return cls(session, suite, keys.exporter, resumption, updates)
 
 
 def _after(session: Session, epoch: Epoch) -> Session:

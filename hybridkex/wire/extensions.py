@@ -20,7 +20,7 @@ from hybridkex.constants import CertificateType, ExtensionType
 from hybridkex.errors import DecodeError, EncodeError, IllegalParameter, UnrecognizedName
 from hybridkex.reasons import Reason
 from hybridkex.values import value
-from hybridkex.wire.codec import Reader, ascii_text, entry, u8, u8_list, u16, u32, vector8, vector16
+from hybridkex.wire.codec import Reader, ascii_text, entry, u8, vector8, vector16
 from hybridkex.wire.layout import (
     BYTE_LIST,
     U8,
@@ -31,6 +31,7 @@ from hybridkex.wire.layout import (
     codes,
     listed,
     opaque,
+    pair,
 )
 
 MAX_HOST_NAME: Final = 255
@@ -204,20 +205,18 @@ class AlpnChoice(Extension):
 
 
 class _CertificateTypeOffer(Extension):
+    layout = (BYTE_LIST,)
     types: tuple[int, ...]
 
     @classmethod
     def read(cls, reader: Reader) -> Self:
-        types = tuple(reader.opaque(1, least=1))
-        if types == (CertificateType.X509,):
+        found = super().read(reader)
+        if found.types == (CertificateType.X509,):
             # RFC 7250 section 4.1: the default alone must not be sent.
             raise IllegalParameter(
                 "certificate types that are the default alone", Reason.CERTIFICATE_TYPE_DEFAULT
             )
-        return cls(types)  # type: ignore[call-arg]
-
-    def body(self) -> bytes:
-        return vector8(u8_list(self.types))
+        return found
 
 
 @value
@@ -283,19 +282,17 @@ class RecordSizeLimit(Extension):
 
     type = ExtensionType.RECORD_SIZE_LIMIT
     messages = (CH, EE)
+    layout = (U16,)
     limit: int
 
     @classmethod
     def read(cls, reader: Reader) -> Self:
-        limit = reader.u16()
-        if limit < 64:
+        found = super().read(reader)
+        if found.limit < 64:
             raise IllegalParameter(
-                f"a record_size_limit of {limit}, below 64", Reason.RECORD_SIZE_LIMIT
+                f"a record_size_limit of {found.limit}, below 64", Reason.RECORD_SIZE_LIMIT
             )
-        return cls(limit)
-
-    def body(self) -> bytes:
-        return u16(self.limit)
+        return found
 
 
 @value
@@ -307,9 +304,10 @@ class TlsCertWithExternPsk(Extension):
 
 
 @value
-class OfferedPskIdentity:
+class OfferedPskIdentity(Laid):
     """PskIdentity of section 4.3.11."""
 
+    layout = (opaque(2, least=1), U32)
     identity: bytes
     obfuscated_ticket_age: int
 
@@ -321,31 +319,22 @@ class PreSharedKeyOffer(Extension):
     type = ExtensionType.PRE_SHARED_KEY
     messages = (CH,)
     may_change = True
+    layout = (
+        listed(Layout(OfferedPskIdentity.read, OfferedPskIdentity.body), least=7),
+        listed(opaque(1, least=32), least=33),
+    )
     identities: tuple[OfferedPskIdentity, ...]
     binders: tuple[bytes, ...]
 
     @classmethod
     def read(cls, reader: Reader) -> Self:
-        identities = []
-        entries = reader.vector(2, least=7)
-        while entries.remaining:
-            identities.append(OfferedPskIdentity(entries.opaque(2, least=1), entries.u32()))
-        binders = []
-        entries = reader.vector(2, least=33)
-        while entries.remaining:
-            binders.append(entries.opaque(1, least=32))
-        if len(identities) != len(binders):
+        found = super().read(reader)
+        if len(found.identities) != len(found.binders):
             raise IllegalParameter(
-                f"{len(identities)} PSK identities and {len(binders)} binders",
+                f"{len(found.identities)} PSK identities and {len(found.binders)} binders",
                 Reason.PSK_BINDERS_COUNT,
             )
-        return cls(tuple(identities), tuple(binders))
-
-    def body(self) -> bytes:
-        identities = b"".join(
-            vector16(one.identity) + u32(one.obfuscated_ticket_age) for one in self.identities
-        )
-        return vector16(identities) + vector16(b"".join(map(vector8, self.binders)))
+        return found
 
     @property
     def binders_length(self) -> int:
@@ -440,18 +429,8 @@ class OidFilters(Extension):
 
     type = ExtensionType.OID_FILTERS
     messages = (CR,)
+    layout = (listed(pair(opaque(1, least=1), opaque(2))),)
     filters: tuple[tuple[bytes, bytes], ...]
-
-    @classmethod
-    def read(cls, reader: Reader) -> Self:
-        entries = reader.vector(2)
-        filters = []
-        while entries.remaining:
-            filters.append((entries.opaque(1, least=1), entries.opaque(2)))
-        return cls(tuple(filters))
-
-    def body(self) -> bytes:
-        return vector16(b"".join(vector8(oid) + vector16(values) for oid, values in self.filters))
 
 
 @value

@@ -64,6 +64,14 @@ def listed(entry: Layout, least: int = 0) -> Layout:
     return Layout(read, lambda values: vector16(b"".join(map(entry.write, values))))
 
 
+def pair(first: Layout, second: Layout) -> Layout:
+    """Two values, one after the other."""
+    return Layout(
+        lambda reader: (first.read(reader), second.read(reader)),
+        lambda values: first.write(values[0]) + second.write(values[1]),
+    )
+
+
 class Laid:
     """A structure of fields, for a dataclass."""
 

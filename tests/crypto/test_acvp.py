@@ -49,7 +49,7 @@ def started(name: str, seed: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     group, private = KEMS[name]
     key = private.from_seed_bytes(bytes.fromhex(seed))
     with monkeypatch.context() as patch:
-        patch.setattr(group.exchange.module, "generate", lambda: key)
+        patch.setattr(group.exchange, "generate", lambda: key)
         return group.exchange.start()
 
 

@@ -12,7 +12,7 @@ from hybridkex.cli.guarded import check_room, explained, guarded_folder
 from hybridkex.cli.running import end_as_interrupted, run_trio
 from hybridkex.demos.two_sites import Demonstration
 from hybridkex.errors import ConfigError
-from hybridkex.machine import write_error
+from hybridkex.machine import writing
 
 _OTHER_PLACE: Final = "choose another one with --keep"
 
@@ -26,10 +26,8 @@ def run(options: DemoOptions) -> int:
         raise ConfigError("--distance must be a number of km, 0 or more")
     with end_as_interrupted(), guarded_folder("hybridkex-demo-") as folder:
         keep: Path = options.keep or folder
-        try:
+        with writing(keep):
             keep.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise write_error(keep, error) from None
         check_room(keep, _OTHER_PLACE)  # now, not when the KMEs have their keys
         demonstration = Demonstration(
             folder=folder,

@@ -10,9 +10,9 @@ from hybridkex.apps.port_file import write_port
 from hybridkex.cli.channel import server_config
 from hybridkex.cli.listen import ListenOptions
 from hybridkex.cli.logs import set_up_logging
-from hybridkex.cli.pipe import ChannelFailed, pipe, report, report_epochs
+from hybridkex.cli.pipe import ChannelFailed, pipe, report, report_epochs, shake_hands
 from hybridkex.cli.running import EndRequest, run_service
-from hybridkex.cli.tcp import NO_TCP, cannot_listen, checked_port
+from hybridkex.cli.tcp import checked_port, opening
 from hybridkex.machine import broken
 from hybridkex.net.address import TcpAddress
 from hybridkex.net.budget import Budget, Connection
@@ -48,10 +48,8 @@ async def _run(options: ListenOptions, request: EndRequest) -> None:
 
 async def _listen(options: ListenOptions, config: ServerConfig) -> None:
     port = checked_port(options.port)
-    try:
+    with opening(TcpAddress(options.channel.bind or "*", port)):
         listeners = await open_secure_tcp_listeners(port, config, host=options.channel.bind)
-    except NO_TCP as error:
-        raise cannot_listen(TcpAddress(options.channel.bind or "*", port), error) from None
     inner = listeners[0].transport_listener
     assert isinstance(inner, trio.SocketListener)
     write_port(options.port_file, inner.socket.getsockname()[1])
@@ -64,7 +62,7 @@ async def _listen(options: ListenOptions, config: ServerConfig) -> None:
 
     async def handle(stream: Stream, connection: Connection) -> None:
         async with stream:
-            await _shake_hands(stream)
+            await shake_hands(stream)
             if known := stream.session.peer_is_known:
                 connection.recognize()
             connection.admit(budget, is_used=lambda: stream.has_carried_data)
@@ -94,15 +92,8 @@ async def _serve_once(
     for listener in listeners:
         await listener.aclose()
     async with accepted[0] as stream:
-        await _shake_hands(stream)
+        await shake_hands(stream)
         await _serve(options, stream)
-
-
-async def _shake_hands(stream: Stream) -> None:
-    try:
-        await stream.do_handshake()
-    except trio.BrokenResourceError as error:
-        raise ChannelFailed(f"handshake failed: {broken(error)}") from None
 
 
 async def _serve(options: ListenOptions, stream: Stream, *, told: bool = True) -> None:

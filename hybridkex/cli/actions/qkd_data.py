@@ -13,7 +13,7 @@ import trio
 
 from hybridkex.cli.qkd_data import DistilOptions, RecordOptions
 from hybridkex.cli.running import run_trio
-from hybridkex.cli.tcp import NO_TCP, cannot_connect, cannot_listen
+from hybridkex.cli.tcp import NO_TCP, cannot_connect, opening
 from hybridkex.errors import ConfigError, LinkError
 from hybridkex.files import reserve_file
 from hybridkex.link.authentication import Signatures
@@ -180,10 +180,8 @@ async def _one(measured: Measured, settings: LinkSettings, options: DistilOption
         async with stream:
             return await make(measured, settings, stream, signatures).block()
     here = parse_tcp_address(options.listen or "")
-    try:
+    with opening(here):
         listeners = await open_tcp_listeners(here.port, host=here.host)
-    except NO_TCP as error:
-        raise cannot_listen(here, error) from None
     desk = _Desk(signatures, Direction(1 - sends))
     supervisor = Supervisor(desk.receive, name="QKD distillation", logger=LOG)
     async with trio.open_nursery() as nursery:

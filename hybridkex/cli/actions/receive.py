@@ -12,13 +12,12 @@ from hybridkex.apps.tcp import CountingStream
 from hybridkex.apps.transfer import Folder, Receiver
 from hybridkex.cli.channel import server_config
 from hybridkex.cli.logs import set_up_logging
-from hybridkex.cli.pipe import ChannelFailed, report
+from hybridkex.cli.pipe import report, shake_hands
 from hybridkex.cli.progress import showing
 from hybridkex.cli.receive import ReceiveOptions
 from hybridkex.cli.running import EndRequest, run_service
-from hybridkex.cli.tcp import NO_TCP, cannot_listen, checked_port
+from hybridkex.cli.tcp import checked_port, opening
 from hybridkex.errors import ConfigError
-from hybridkex.machine import broken
 from hybridkex.net.address import TcpAddress
 from hybridkex.net.budget import Budget, Connection, TooManyConnections
 from hybridkex.net.descriptors import raise_soft_limit
@@ -44,12 +43,7 @@ def run(options: ReceiveOptions) -> int:
 
 
 async def _run(options: ReceiveOptions, request: EndRequest) -> None:
-    asks = bool(
-        options.channel.ca
-        or options.channel.pin
-        or options.channel.known_peers
-        or options.channel.insecure
-    )
+    asks = options.channel.names_trust
     wanted = asks and not options.anyone
     async with server_config(options.channel, require_client_certificate=wanted) as config:
         by_psk = config.policy_in_force.psk is Requirement.REQUIRE
@@ -86,14 +80,10 @@ class _Server:
 
     async def run(self) -> None:
         wanted = checked_port(self._options.port)
-        try:
+        with opening(TcpAddress(self._options.channel.bind or "*", wanted)):
             listeners = await open_tcp_listeners(wanted, host=self._options.channel.bind)
-        except NO_TCP as error:
-            raise cannot_listen(
-                TcpAddress(self._options.channel.bind or "*", wanted), error
-            ) from None
-        write_port(self._options.port_file, listeners[0].socket.getsockname()[1])
         port = listeners[0].socket.getsockname()[1]
+        write_port(self._options.port_file, port)
         print(f"receiving into {self._options.folder} on port {port}", file=sys.stderr, flush=True)
         with showing("received", self._received) as progress:
             receiver = Receiver(self._folder, progress)
@@ -123,10 +113,7 @@ class _Server:
         stream: SecureStream[Any] = SecureStream(counting, self._config)
         self._live.add(counting)
         try:
-            try:
-                await stream.do_handshake()
-            except trio.BrokenResourceError as error:
-                raise ChannelFailed(f"handshake failed: {broken(error)}") from None
+            await shake_hands(stream)
             if known := stream.session.peer_is_known:
                 connection.recognize()
             try:

@@ -26,7 +26,7 @@ from hybridkex.demos.rndl.matrix import ADVERSARIES, rows
 from hybridkex.demos.rndl.trial import Cell, Trial, run_trial
 from hybridkex.errors import ConfigError
 from hybridkex.files import PUBLIC, make_private_folder, write_file
-from hybridkex.machine import write_error
+from hybridkex.machine import writing
 from hybridkex.text import terminal
 
 _READ: Final = Text("R", style="bold red")
@@ -54,10 +54,8 @@ def run(options: RndlOptions) -> int:
         report = {"hybridkex": __version__, **trial.as_json()}
         reports.append((options.json, json.dumps(report, indent=1).encode("ascii") + b"\n"))
     for path, content in reports:
-        try:
+        with writing(f"the report {path}"):
             write_file(path, content, mode=PUBLIC)
-        except OSError as error:
-            raise write_error(f"the report {path}", error) from None
     for kept in (options.html, options.json, options.keep):
         if kept is not None:
             console.print(f"written: {kept}", markup=False)
@@ -68,10 +66,8 @@ def run(options: RndlOptions) -> int:
 def _folder(keep: Path | None) -> Iterator[Path]:
     """A folder that only we can read, since it holds private keys."""
     if keep is not None:
-        try:
+        with writing(keep):
             make_private_folder(keep)
-        except OSError as error:
-            raise write_error(keep, error) from error
         with guarded_processes(), explained(keep, _OTHER_KEEP):
             yield keep.absolute()
         return

@@ -33,7 +33,7 @@ from hybridkex.cli.channel import client_config, server_config
 from hybridkex.cli.logs import set_up_logging
 from hybridkex.cli.option_tables import OptionTable, read_options
 from hybridkex.cli.running import EndRequest, run_service, run_trio
-from hybridkex.cli.tcp import NO_TCP, cannot_listen
+from hybridkex.cli.tcp import opening
 from hybridkex.cli.tunnel import (
     ConnectOptions,
     FileOptions,
@@ -63,8 +63,7 @@ T = TypeVar("T")
 
 def _listen_tunnel(options: ListenOptions) -> TunnelConfig:
     wanted = options.require_client_cert or bool(options.allow)
-    trust = options.channel
-    if wanted and not (trust.ca or trust.pin or trust.known_peers or trust.insecure):
+    if wanted and not options.channel.names_trust:
         raise ConfigError(
             "to request certificates from clients, configure whom to trust: ca, pin or known_peers"
         )
@@ -273,10 +272,8 @@ async def _serve_metrics(
     async def page(request: Request) -> Response:
         return metrics_page(await metrics(), request)
 
-    try:
+    with opening(address):
         listeners = await open_tcp_listeners(address.port, host=address.host)
-    except NO_TCP as error:
-        raise cannot_listen(address, error) from None
     port = listeners[0].socket.getsockname()[1]
     LOG.info("metrics on http://%s/metrics", TcpAddress(address.host, port))
     task_status.started()

@@ -19,7 +19,7 @@ from hybridkex.cli.key_sources import key_sources
 from hybridkex.cli.logs import set_up_logging
 from hybridkex.cli.running import EndRequest, run_service
 from hybridkex.cli.standard_streams import discard_standard_output, takes_output
-from hybridkex.cli.tcp import NO_TCP, cannot_connect, cannot_listen
+from hybridkex.cli.tcp import NO_TCP, cannot_connect, opening
 from hybridkex.cli.wg_psk import DEFAULT_PORT, WgPskOptions
 from hybridkex.combiner import (
     ExchangeConfig,
@@ -170,10 +170,8 @@ async def _listen(options: WgPskOptions, rotator: Rotator) -> None:
     """The responder: anyone may connect; the exchange authenticates the peer."""
     where = options.listen or ""  # --connect and --listen exclude each other
     address = parse_tcp_address(where if ":" in where else f"0.0.0.0:{where}")
-    try:
+    with opening(address):
         listeners = await open_tcp_listeners(address.port, host=address.host)
-    except NO_TCP as error:
-        raise cannot_listen(address, error) from None
     budget = Budget(_ROTATIONS, what="rotations")
     interface = rotator.tunnel.interface
 

@@ -178,7 +178,7 @@ class KmeClient:
 
     async def status(self, slave_sae: str) -> models.Status:
         """Get status (clause 5.1)."""
-        body = await self._call("GET", slave_sae, "status", looking_up=False)
+        body = await self._call(slave_sae, "status")
         try:
             status = models.Status.from_json(body)
         except models.ModelError as error:
@@ -207,17 +207,9 @@ class KmeClient:
                 f"an answer with {request.number} keys may have {longest} bytes, and max_answer is "
                 f"{self._access.max_answer}"
             )
-        if request.simple and not self._post:
-            query = {"number": request.number}
-            if request.size is not None:
-                query["size"] = request.size
-            body = await self._call(
-                "GET", slave_sae, "enc_keys", query, request.to_json(), looking_up=False
-            )
-        else:
-            body = await self._call(
-                "POST", slave_sae, "enc_keys", content=request.to_json(), looking_up=False
-            )
+        content = request.to_json()  # of a simple one, the query
+        query = content if request.simple and not self._post else None
+        body = await self._call(slave_sae, "enc_keys", query, content)
         container = self._container(body, request.number)
         if request.size is not None and any(
             len(item.key) * 8 != request.size for item in container.keys
@@ -228,13 +220,8 @@ class KmeClient:
     async def dec_keys(self, master_sae: str, key_ids: Sequence[str]) -> models.KeyContainer:
         """Get key with key IDs (clause 5.3), in the order of ``key_ids``."""
         content = models.KeyIds(key_ids=tuple(key_ids)).to_json()
-        if len(key_ids) == 1 and not self._post:
-            query = {"key_ID": key_ids[0]}
-            body = await self._call("GET", master_sae, "dec_keys", query, content, looking_up=True)
-        else:
-            body = await self._call(
-                "POST", master_sae, "dec_keys", content=content, looking_up=True
-            )
+        query = {"key_ID": key_ids[0]} if len(key_ids) == 1 and not self._post else None
+        body = await self._call(master_sae, "dec_keys", query, content)
         container = self._container(body, len(key_ids))
         found: dict[str, models.DeliveredKey] = {item.key_id: item for item in container.keys}
         if found.keys() != set(key_ids):
@@ -262,20 +249,19 @@ class KmeClient:
 
     async def _call(
         self,
-        method: str,
         sae: str,
         call: str,
         query: dict[str, Any] | None = None,
         content: models.Json | None = None,
-        *,
-        looking_up: bool,
     ) -> object:
-        """Make one request. Errors name the call and the KME, never a key.
+        """Make one request: a GET, or a POST where there is ``content`` and no ``query``. Errors
+        name the call and the KME, never a key.
 
         A request is sent again only where the answer says that nothing was done: a redirect that
         adds the slash at the end, and 405 for a GET that has a POST form.
         """
         path = f"{models.API}/{quote(sae, safe='')}/{call}"
+        method = "GET" if query is not None or content is None else "POST"
         try:
             async with time_limit(self._access.timeout):
                 answer = await self._exchange(method, path, query, content)
@@ -315,7 +301,7 @@ class KmeClient:
                 f"the KME answered {answer.status}, a redirect to {printable(target, most=200)}, "
                 "which is not followed; configure the URL of the KME itself"
             )
-        refused = classify(answer.status, models.message_of(value), looking_up=looking_up)
+        refused = classify(answer.status, models.message_of(value), looking_up=call == "dec_keys")
         refused.retry_after = _retry_after(answer)
         self._lines.log(logging.INFO, "%s: %s", call, refused)
         raise refused

@@ -268,20 +268,6 @@ class KeyIds:
         return {"key_IDs": [{"key_ID": key_id} for key_id in self.key_ids]}
 
 
-@dataclass(frozen=True, kw_only=True)
-class ErrorBody:
-    """Clause 6.5."""
-
-    message: str
-    details: tuple[Json, ...] = ()
-
-    def to_json(self) -> Json:
-        body: Json = {"message": self.message}
-        if self.details:
-            body["details"] = list(self.details)
-        return body
-
-
 def message_of(answer: object) -> str:
     """The message of a KME's error body, or ``""``; not escaped.
 
@@ -299,9 +285,11 @@ def message_of(answer: object) -> str:
 
 
 class ErrorResponse(Exception):
-    """A KME's answer other than 200, with the standard's status and body."""
+    """A KME's answer other than 200, with the standard's status and body (clause 6.5)."""
 
     def __init__(self, status: int, message: str, *details: dict[str, str]) -> None:
         super().__init__(f"{status}: {message}")
         self.status = status
-        self.body = ErrorBody(message=message, details=details)
+        self.body: Json = {"message": message}
+        if details:
+            self.body["details"] = list(details)

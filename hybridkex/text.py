@@ -137,7 +137,6 @@ class PrintableOutput:
         return len(text)
 
     def writelines(self, lines: Any) -> None:
-        """Write each of them."""
         for line in lines:
             self.write(line)
 

@@ -39,7 +39,6 @@ class Group:
     description: str | None = None
 
     def made_in(self, parser: argparse.ArgumentParser) -> argparse._ActionsContainer:
-        """Add it to a parser."""
         return parser.add_argument_group(self.title, self.description)
 
 
@@ -50,7 +49,6 @@ class Exclusive:
     required: bool = False
 
     def made_in(self, parser: argparse.ArgumentParser) -> argparse._ActionsContainer:
-        """Add it to a parser."""
         return parser.add_mutually_exclusive_group(required=self.required)
 
 
@@ -168,7 +166,6 @@ def _of_argument(kind: Any, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_option(kind: Any, settings: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of ``add_argument`` for an option."""
     kind, optional = _without_none(kind)
     if kind is bool:
         return {"action": "store_true", **settings}
@@ -293,7 +290,6 @@ class Command:
     commands: "Mapping[str, Command]" = field(default_factory=dict)
 
     def configure(self, parser: argparse.ArgumentParser) -> None:
-        """Make a parser that of this command."""
         parser.formatter_class = HelpFormatter
         parser.description = paragraphs(self.text)
         parser.epilog = below_options(self.examples, self.status, self.notes)

@@ -82,7 +82,6 @@ class Finding:
     """The next step if it does not work."""
 
     def as_json(self) -> dict[str, object]:
-        """Plain values for JSON."""
         return asdict(self)
 
 

@@ -9,8 +9,6 @@ from hybridkex.cli.choices import SHELLS
 
 @dataclass(frozen=True, kw_only=True)
 class CompletionOptions:
-    """The options, parsed."""
-
     shell: str = argument("the shell to generate the script for", choices=SHELLS)
 
 

@@ -10,8 +10,6 @@ from hybridkex.values import value
 
 @value(kw_only=True)
 class ConnectOptions:
-    """The options, parsed."""
-
     host: str = argument("the server's name or IP address", metavar="HOST")
     port: int = argument("the server's TCP port", metavar="PORT")
     server_name: str | None = option(

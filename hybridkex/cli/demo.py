@@ -10,8 +10,6 @@ from hybridkex.cli.values import folder_path
 
 @dataclass(frozen=True, kw_only=True)
 class DemoOptions:
-    """The options, parsed."""
-
     file: str | None = argument(
         "the file to send (default: the largest library that hybridkex uses)", metavar="FILE"
     )

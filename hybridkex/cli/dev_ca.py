@@ -11,8 +11,6 @@ from hybridkex.cli.values import folder_path
 
 @dataclass(frozen=True, kw_only=True)
 class DevCaOptions:
-    """The options, parsed."""
-
     directory: Path = argument(
         "the folder to write to; created if missing", type=folder_path, metavar="DIR"
     )

@@ -11,8 +11,6 @@ _KME: Final = Group("a KME to query for its status")
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorOptions:
-    """The options, parsed."""
-
     json: bool = option("one JSON object on standard output")
     access: KmeOptions = nested(_KME)
     peer_sae: str | None = option(

@@ -17,8 +17,6 @@ from hybridkex.net.address import TcpAddress
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions:
-    """``kme serve``."""
-
     config: Path = argument("a TOML file, see docs/kme.md")
     check: bool = option(
         "check the file, certificates, key files and the connection to databases, and exit"
@@ -34,8 +32,6 @@ class ServeOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class MigrateOptions:
-    """``kme migrate``."""
-
     config: Path = argument("a TOML file in which store is already the database")
     source: Path = option("the store file whose keys are moved", "--from")
     kme: str | None = option(
@@ -45,8 +41,6 @@ class MigrateOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyAuditOptions:
-    """``kme verify-audit``."""
-
     folders: list[Path] = argument(
         "the folder of the audit trail, and those to which its files were moved", metavar="DIR"
     )
@@ -58,8 +52,6 @@ class VerifyAuditOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class StatusOptions:
-    """``kme status``."""
-
     access: KmeOptions = nested(required=("kme", "kme_ca", "kme_cert", "kme_key"))
     sae: str = option("our own SAE ID", metavar="ID")
     peer_sae: str = option("the peer's SAE ID", metavar="ID")
@@ -82,8 +74,6 @@ class ExportPoolOptions(StatusOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class DevUpOptions:
-    """``kme dev-up``."""
-
     folder: Path = argument(
         "the folder to write to; created if missing", type=folder_path, metavar="DIR"
     )

@@ -11,8 +11,6 @@ from hybridkex.cli.options import ChannelOptions, port_file
 
 @dataclass(frozen=True, kw_only=True)
 class ListenOptions:
-    """The options, parsed."""
-
     port: int = argument("the TCP port; 0 picks a free one", metavar="PORT")
     require_client_cert: bool = option("refuse clients without a certificate")
     echo: bool = option("send each client's data back; serve many at once")

@@ -25,7 +25,6 @@ _PRIORITIES: Final = (
 
 
 def log_level(default: str = "info") -> Any:
-    """The field of ``--log-level``."""
     return option(
         f"the least severe messages to log on standard error (default: {default})",
         choices=("debug", "info", "warning", "error"),
@@ -34,7 +33,6 @@ def log_level(default: str = "info") -> Any:
 
 
 def log_format() -> Any:
-    """The field of ``--log-format``."""
     return option(
         "text, or one JSON object for each message (default: text)",
         choices=("text", "json"),

@@ -112,5 +112,4 @@ class ChannelOptions:
 
 
 def port_file() -> Any:
-    """The field of ``--port-file``."""
     return option("write the port number to FILE once it is open")

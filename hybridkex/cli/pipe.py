@@ -74,8 +74,6 @@ async def pipe(stream: SecureStream[Any]) -> None:
 
 
 class _Input:
-    """Standard input on its way to the peer."""
-
     def __init__(self) -> None:
         self.count = 0
         self.sent = trio.Event()

@@ -14,8 +14,6 @@ from hybridkex.cli.values import folder_path
 
 @dataclass(frozen=True, kw_only=True)
 class ReceiveOptions:
-    """The options, parsed."""
-
     folder: Path = argument(
         "the folder to store files in; created if missing", type=folder_path, metavar="DIR"
     )

@@ -15,8 +15,6 @@ from hybridkex.cli.values import folder_path
 
 @dataclass(frozen=True, kw_only=True)
 class RndlOptions:
-    """The options, parsed."""
-
     html: Path | None = option("write the report as one HTML page")
     json: Path | None = option("write the report as JSON")
     keep: Path | None = option(

@@ -13,8 +13,6 @@ DEFAULT_PORT = 4434
 
 @dataclass(frozen=True, kw_only=True)
 class SendOptions:
-    """The options, parsed."""
-
     files: list[Path] = argument("a file or a folder")
     host: str = argument(
         f"the receiver (port {DEFAULT_PORT} if none is given)", metavar="HOST[:PORT]"

@@ -28,7 +28,6 @@ class _Lossy(io.FileIO):
     """Bytes dropped since the reader stopped reading."""
 
     def write(self, data: Any) -> int:
-        """Always the length of ``data``."""
         view = memoryview(data).cast("B")
         with contextlib.suppress(OSError):
             if self._lost and self._is_ready():
@@ -73,7 +72,6 @@ class StandardOutput(PrintableOutput):
     _failed: OSError | None = None
 
     def write(self, text: str) -> int:
-        """Write to the stream."""
         try:
             with _named():
                 return super().write(text)

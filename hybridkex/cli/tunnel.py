@@ -85,24 +85,18 @@ class ConnectOptions(TunnelOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class OneListener:
-    """``tunnel listen``."""
-
     tunnel: ListenOptions = nested()
     process: ProcessOptions = nested()
 
 
 @dataclass(frozen=True, kw_only=True)
 class OneConnector:
-    """``tunnel connect``."""
-
     tunnel: ConnectOptions = nested()
     process: ProcessOptions = nested()
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileOptions:
-    """``tunnel run``."""
-
     file: Path = argument("a TOML file, see docs/tunnel.md")
     check: bool = option("check the file and exit")
 

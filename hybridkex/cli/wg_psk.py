@@ -20,8 +20,6 @@ _WHEN: Final = Group("when")
 
 @dataclass(frozen=True, kw_only=True)
 class WgPskOptions:
-    """The options, parsed."""
-
     connect: str | None = option(
         f"the address where the peer listens (default port: {DEFAULT_PORT})",
         metavar="HOST[:PORT]",

@@ -527,7 +527,6 @@ class _Run:
 
 
 def _parts(message: bytes, count: int) -> list[bytes]:
-    """A message of so many parts."""
     reader = Reader(message)
     try:
         parts = [reader.opaque(4) for _ in range(count)]

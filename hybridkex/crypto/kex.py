@@ -323,7 +323,6 @@ class _Layout:
         self._pieces = [slice(end - length, end) for end, length in zip(ends, lengths, strict=True)]
 
     def split(self, share: bytes) -> list[bytes]:
-        """The parts' shares."""
         check_length(self.name, share, self.length)
         return [share[piece] for piece in self._pieces]
 

@@ -50,7 +50,6 @@ def _candidates() -> Iterator[str]:
 
 
 def _find_library() -> str | None:
-    """The first native library that loads."""
     for path in _candidates():
         try:
             ctypes.CDLL(path)

@@ -226,8 +226,6 @@ def _ends(path: Path) -> tuple[dict[str, str], str]:
 
 @dataclass
 class Findings:
-    """The findings of a verification."""
-
     records: int = 0
     heads: dict[str, str] = field(default_factory=dict)
     """The head of each file, by its name."""

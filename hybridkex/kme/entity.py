@@ -206,7 +206,6 @@ class KeyManagementEntity:
 
     @property
     def limits(self) -> KmeLimits:
-        """The limits in force."""
         return self.settings.limits
 
     def change(self, settings: EntitySettings) -> None:

@@ -106,7 +106,6 @@ class _Troubles:
         return BoundedLog(LOG, rate=1 / 60, burst=5)
 
     def over(self) -> None:
-        """A block was made."""
         self._log.flush()
         self._log = self._new_log()
 
@@ -178,14 +177,12 @@ class LinkEnd:
         await self._ready.wait()
 
     def put(self, keys: tuple[ProducedKey, ...]) -> None:
-        """Hand over the keys of a block."""
         if keys:
             self._ready = trio.Event()
         for start in range(0, len(keys), BATCH):
             self._put.send_nowait(list(keys[start : start + BATCH]))
 
     def end(self) -> None:
-        """No more keys."""
         self._put.close()
 
 

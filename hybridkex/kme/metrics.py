@@ -107,7 +107,6 @@ class KmeMetrics:
                 counter.labels(kme, link, reason)
 
     def note_block(self, kme: str, link: str, block: "Block | BlockAborted") -> None:
-        """Count a block of a QKD link."""
         if isinstance(block, BlockAborted):
             self.link_blocks.labels(kme, link, "aborted").inc()
             return
@@ -126,11 +125,9 @@ class KmeMetrics:
         self.link_ledger.labels(kme, link).set_function(lambda: 8 * ledger.balance)
 
     def text(self) -> bytes:
-        """The metrics in the Prometheus text format."""
         return generate_latest(self._registry)
 
     async def handle(self, request: Request) -> Response:
-        """Answer ``GET /metrics``."""
         return metrics_page(self._registry, request)
 
 

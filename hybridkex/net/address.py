@@ -18,8 +18,6 @@ class TcpAddress:
 
 @dataclass(frozen=True)
 class UnixAddress:
-    """The path of a Unix socket."""
-
     path: str
 
     def __str__(self) -> str:

@@ -77,7 +77,6 @@ class Connection:
         return self._transport is not None and not has_unread(self._transport)
 
     def fileno(self) -> int:
-        """The descriptor of its socket."""
         assert self._transport is not None
         number: int = self._transport.socket.fileno()
         return number
@@ -280,7 +279,6 @@ class Budget:
         self._add(connection, holder)
 
     def held(self, holder: Hashable) -> int:
-        """Places that a holder has."""
         return len(self._held.get(holder, ()))
 
     def makes_place(self, holder: Hashable, *, evict: bool) -> bool:

@@ -37,7 +37,6 @@ def _asyncio() -> ModuleType:
 
 
 def on_trio() -> bool:
-    """Whether the caller runs in trio."""
     return _trio() is not None
 
 
@@ -50,7 +49,6 @@ def current_time() -> float:
 
 
 async def sleep(seconds: float) -> None:
-    """Sleep for this many seconds."""
     if (trio := _trio()) is not None:
         await trio.sleep(seconds)
     else:
@@ -212,7 +210,6 @@ class Event:
         self._inner: Any = None
 
     def is_set(self) -> bool:
-        """Whether :meth:`set` was called."""
         return self._set
 
     def set(self) -> None:
@@ -222,7 +219,6 @@ class Event:
             self._inner.set()
 
     async def wait(self) -> None:
-        """Wait until the flag is set."""
         if self._set:
             await checkpoint()
             return

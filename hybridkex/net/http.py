@@ -85,7 +85,6 @@ class Response:
         content_type: str = "application/json",
         headers: tuple[tuple[str, str], ...] = (),
     ) -> "Response":
-        """A response with ``value`` as its body."""
         body = json.dumps(value, separators=(",", ":")).encode()
         return cls(status=status, body=body, content_type=content_type, headers=headers)
 
@@ -143,7 +142,6 @@ class Route:
     methods: tuple[str, ...]
 
     def matches(self, path: tuple[str, ...]) -> bool:
-        """Whether it is the route of a path."""
         return len(path) == len(self.path) and all(
             expected in (ANY, found) for expected, found in zip(self.path, path, strict=True)
         )
@@ -267,8 +265,6 @@ async def serve_connection(
 
 
 class _Server:
-    """One connection."""
-
     def __init__(
         self,
         stream: trio.abc.Stream,

@@ -61,11 +61,9 @@ class PendingConnections(Generic[T]):
 
     @property
     def total(self) -> int:
-        """Connections that may wait at once."""
         return share(WAITING) if self._total is None else self._total
 
     def add(self, connection: Connection, stream: T) -> None:
-        """Let a connection wait."""
         if connection.is_silent:
             number = connection.fileno()
             self._selector.register(number, selectors.EVENT_READ, connection)

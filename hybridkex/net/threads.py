@@ -110,8 +110,6 @@ def has_interrupted() -> bool:
 
 
 class _Workers:
-    """The workers of this process."""
-
     def __init__(self) -> None:
         self._calls: SimpleQueue[Call] = SimpleQueue()
         self._lock = _thread.allocate_lock()

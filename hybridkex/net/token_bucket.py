@@ -34,5 +34,4 @@ class TokenBucket:
         return True
 
     def fill(self) -> None:
-        """Fill the bucket."""
         self._tokens = self._burst

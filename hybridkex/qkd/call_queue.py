@@ -49,7 +49,6 @@ class Call(Generic[T]):
         self.error: Exception | None = None
 
     def succeed(self, value: T) -> None:
-        """Set the value."""
         self.value, self.has_value = value, True
 
     def fail(self, error: Exception) -> None:

@@ -100,9 +100,11 @@ class FailoverSource:
                 # The source failed. The other errors concern a key or its stock.
                 pause = max(self._retry_after, error.retry_after or 0.0)
                 self._down_until[index] = current_time() + pause
-            lines = self._lines if isinstance(error, KeySourceUnavailable) else self._of_keys
-            which = index + 1, len(self._sources)
-            lines.log(logging.WARNING, "key source %d of %d: %s", *which, error)
+            line = "key source %d of %d: %s", index + 1, len(self._sources), error
+            if isinstance(error, KeySourceUnavailable):
+                self._lines.log(logging.WARNING, *line)
+            else:
+                self._of_keys.log(logging.WARNING, *line)
             errors.append(error)
         raise min(errors, key=_hope)
 

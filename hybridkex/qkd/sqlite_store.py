@@ -849,7 +849,6 @@ def _same(error: Exception) -> Exception:
 
 
 def _failed(error: Exception) -> KeySourceUnavailable:
-    """The exception that a caller gets for an error."""
     failure = KeySourceUnavailable(f"the key store failed: {_reason(error)}")
     failure.__cause__ = error
     return failure

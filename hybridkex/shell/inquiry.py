@@ -29,7 +29,6 @@ class Inquiry(Generic[T]):
 
     @property
     def over(self) -> bool:
-        """Whether there is a result."""
         return bool(self._answers) or self._error is not None
 
     def result(self) -> T:

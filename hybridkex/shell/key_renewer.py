@@ -173,7 +173,6 @@ class KeyRenewer:
             self.wake()
 
     def count(self, size: int) -> None:
-        """Count bytes of application data that we have sent."""
         self._in_a_row = 0
         self._count(size)
         if self._connection.update_wanted and self._timer.why is None and not self._under_way:
@@ -211,7 +210,6 @@ class KeyRenewer:
             await self._end(InternalError("the renewal of the keys has failed"))
 
     async def _end(self, error: PeerError) -> None:
-        """End the connection."""
         if not self._connection.close_sent:  # nothing follows a close_notify (section 6.1)
             self._connection.abort(error)
         with suppress(*self._gone):

@@ -170,7 +170,6 @@ class QkdPskSource:
         self.counters: Final = QkdCounters()
 
     def _full_buckets(self) -> dict[int, TokenBucket]:
-        """One for each peer."""
         rate, burst = self._limits.look_ups_per_second, self._limits.burst
         return {id(peer): TokenBucket(rate, burst, clock=current_time) for peer in self._peers}
 

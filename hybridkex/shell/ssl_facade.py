@@ -95,7 +95,6 @@ class SslObject:
         return shown.chain[0] if isinstance(shown, PeerCertificate) else None
 
     def selected_alpn_protocol(self) -> str | None:
-        """The protocol that was negotiated."""
         return self.session.alpn
 
 

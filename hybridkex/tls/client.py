@@ -324,8 +324,6 @@ def forget_tickets(offer: _Offer) -> None:
 
 @value
 class WaitServerHello(ClientState):
-    """The state after the first ClientHello."""
-
     offer: _Offer
     hello: bytes
 
@@ -376,8 +374,6 @@ class WaitServerHello(ClientState):
 
 @value
 class WaitSecondServerHello(ClientState):
-    """The state after the second ClientHello."""
-
     offer: _Offer
     suite: CipherSuite
     transcript: Transcript
@@ -587,7 +583,6 @@ class WaitEncryptedExtensions(ClientState):
         return choice.protocol
 
     def _application_answers(self, answers: ext.Extensions) -> tuple[ext.Extension, ...]:
-        """The server's answers to what the configuration adds."""
         found = (answers.decoded(one.type, one.read_answer) for one in self.offer.config.extensions)
         return tuple(one for one in found if one is not None)
 

@@ -130,7 +130,6 @@ class Updates:
 
     @property
     def under_way(self) -> bool:
-        """Whether an update is under way."""
         return not isinstance(self._state, Idle)
 
     @property

@@ -68,8 +68,6 @@ _LONGEST_OTHER: Final = 1 << 16
 
 
 class DataItem:
-    """Application data, decrypted."""
-
     __slots__ = ("data",)
 
     def __init__(self, data: bytes) -> None:
@@ -77,8 +75,6 @@ class DataItem:
 
 
 class AlertItem:
-    """An alert from the peer."""
-
     __slots__ = ("description", "level")
 
     def __init__(self, level: int, description: int) -> None:
@@ -141,7 +137,6 @@ class WritingHalf:
         return raw
 
     def send_raw(self, raw: bytes) -> None:
-        """Queue a handshake message that is encoded already."""
         self._flight += raw
 
     def flush(self, version: int = LEGACY_VERSION) -> None:
@@ -228,11 +223,9 @@ class WritingHalf:
 
     @property
     def has_output(self) -> bool:
-        """Whether anything waits to be sent."""
         return bool(self._outgoing or self._flight)
 
     def take_output(self) -> bytes | bytearray:
-        """All that waits to be sent."""
         self.flush()
         outgoing = self._outgoing
         if len(outgoing) == 1:
@@ -616,7 +609,6 @@ class RecordLayer:
         self._key_log = config.key_log
 
     def emit(self, event: Event) -> None:
-        """Queue an event for the caller."""
         self.events.append(event)
 
     def release(self) -> None:

@@ -203,7 +203,6 @@ class Hello:
 
     @property
     def client_types(self) -> tuple[int, ...]:
-        """The kinds of certificate that the client can show."""
         offer = self.message.extensions.get(ext.ClientCertificateTypeOffer)
         return offer.types if offer is not None else ONLY_X509
 

@@ -85,7 +85,6 @@ class Connected:
 
 
 def _after(session: Session, epoch: Epoch) -> Session:
-    """The session after a key update."""
     later = copy(session)  # a fifth of the time of dataclasses.replace
     object.__setattr__(later, "epochs", (*session.epochs[1 - KEPT_EPOCHS :], epoch))
     return later
@@ -106,7 +105,6 @@ class _Traffic:
         self._last_request = 0.0
 
     def handle(self, message: Message, raw: bytes, records: RecordLayer) -> Self:
-        """One message after the handshake."""
         updates = self.connected.updates
         if updates is not None:
             self._extended(updates, message, raw, records)
@@ -290,7 +288,6 @@ class ClientTraffic(_Traffic):
         self._tickets = 0
 
     def handle(self, message: Message, raw: bytes, records: RecordLayer) -> Self:
-        """One message after the handshake."""
         if not isinstance(message, NewSessionTicket):
             return super().handle(message, raw, records)
         if self.connected.updates is not None:

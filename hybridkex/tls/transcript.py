@@ -26,7 +26,6 @@ class Transcript:
         return cls(function, synthetic, retry)
 
     def add(self, *messages: bytes) -> Self:
-        """The transcript with more messages."""
         longer = object.__new__(type(self))
         longer.function = self.function
         longer._hash = self._hash.copy()
@@ -35,5 +34,4 @@ class Transcript:
         return longer
 
     def digest(self) -> bytes:
-        """The hash of everything so far."""
         return self._hash.digest()

@@ -32,7 +32,6 @@ class Reader:
 
     @property
     def remaining(self) -> int:
-        """Bytes not yet read."""
         return self._end - self._position
 
     def _too_short(self, length: int) -> DecodeError:
@@ -48,11 +47,9 @@ class Reader:
         return self._data[start:end]
 
     def rest(self) -> bytes:
-        """All that is left."""
         return self.take(self._end - self._position)
 
     def u8(self) -> int:
-        """An unsigned 8-bit integer."""
         start = self._position
         if start >= self._end:
             raise self._too_short(1)
@@ -60,7 +57,6 @@ class Reader:
         return self._data[start]
 
     def u16(self) -> int:
-        """An unsigned 16-bit integer."""
         start, data = self._position, self._data
         end = start + 2
         if end > self._end:
@@ -69,11 +65,9 @@ class Reader:
         return data[start] << 8 | data[start + 1]
 
     def u32(self) -> int:
-        """An unsigned 32-bit integer."""
         return int.from_bytes(self.take(4), "big")
 
     def u64(self) -> int:
-        """An unsigned 64-bit integer."""
         return int.from_bytes(self.take(8), "big")
 
     def _content(self, width: int, least: int, most: int | None) -> int:
@@ -144,22 +138,18 @@ def _unsigned(value: int, width: int) -> bytes:
 
 
 def u8(value: int) -> bytes:
-    """An unsigned 8-bit integer."""
     return _unsigned(value, 1)
 
 
 def u16(value: int) -> bytes:
-    """An unsigned 16-bit integer."""
     return _unsigned(value, 2)
 
 
 def u32(value: int) -> bytes:
-    """An unsigned 32-bit integer."""
     return _unsigned(value, 4)
 
 
 def u64(value: int) -> bytes:
-    """An unsigned 64-bit integer."""
     return _unsigned(value, 8)
 
 

@@ -99,7 +99,6 @@ class UnknownExtension:
     data: bytes
 
     def body(self) -> bytes:
-        """The body as it came."""
         return self.data
 
 
@@ -656,7 +655,6 @@ class Extensions:
 
     @property
     def types(self) -> tuple[int, ...]:
-        """The types, in order."""
         return tuple(self._by_type)
 
     def encode(self) -> bytes:

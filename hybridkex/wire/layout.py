@@ -84,6 +84,5 @@ class Laid:
         return cls(*[one.read(reader) for one in cls.layout])
 
     def body(self) -> bytes:
-        """The fields on the wire."""
         values = vars(self).values()
         return b"".join([one.write(value) for one, value in zip(self.layout, values, strict=True)])

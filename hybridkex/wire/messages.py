@@ -152,7 +152,6 @@ class Certificate(Message):
 
     @property
     def chain(self) -> tuple[bytes, ...]:
-        """The certificates alone."""
         return tuple(data for data, _ in self.entries)
 
     def body(self) -> bytes:

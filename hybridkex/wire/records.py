@@ -67,7 +67,6 @@ class RecordBuffer:
 
     @property
     def pending(self) -> int:
-        """Bytes received and not yet taken."""
         return len(self._partial) + len(self._chunk) - self._position
 
     def in_place(self) -> tuple[memoryview, int]:

@@ -90,7 +90,6 @@ class Arrivals:
             self._since = time.monotonic()
 
     def add_folder(self, offer: Offer) -> None:
-        """Take a new folder."""
         self._begin()
         self._made.append(offer)
         self.add_touched([offer.path[:-1], offer.path])

@@ -85,7 +85,6 @@ class Offers:
     entries: tuple[Entry, ...]
 
     def each(self) -> Iterator[Offer]:
-        """The offers one by one."""
         for n, entry in enumerate(self.entries, self.n):
             path = (*self.folder, entry[0])
             if len(entry) == 2:
@@ -227,7 +226,6 @@ WHOLE_HEADER: Final = _NUMBERED.size
 
 
 def header(kind: int, length: int) -> bytes:
-    """The header of a frame."""
     return bytes([kind]) + length.to_bytes(4)
 
 

@@ -63,7 +63,6 @@ class Ready:
     replaces: bool = False
 
     def close(self) -> None:
-        """Close it."""
         if self.file >= 0:
             close_file(self.file)
             self.file = -1

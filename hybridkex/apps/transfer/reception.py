@@ -62,8 +62,6 @@ class _Offered:
 
 @dataclass
 class _Current:
-    """The file whose data are arriving."""
-
     n: int
     part: PartFile | None
     """``None``: abandoned; the rest of its data is discarded."""
@@ -121,7 +119,6 @@ class Reception:
 
     @property
     def can_hash(self) -> bool:
-        """Whether there is something for :meth:`hash_ahead`."""
         return bool(self._to_hash)
 
     def process(self, received: Iterable[Received]) -> Answers:
@@ -326,7 +323,6 @@ class Reception:
             self._write(current)
 
     def _write(self, current: _Current) -> None:
-        """Write what has been gathered."""
         pieces, count = current.pieces, current.gathered
         current.pieces, current.gathered = [], 0
         if current.part is None or not pieces:

@@ -246,8 +246,6 @@ class _Transfer:
 
 
 class _Connection:
-    """A transfer's state on one connection."""
-
     def __init__(
         self,
         transfer: _Transfer,

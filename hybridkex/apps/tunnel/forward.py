@@ -171,7 +171,6 @@ class _End(Watched):
         self._count = count
 
     def start(self) -> None:
-        """Begin to read."""
         self._update()
 
     # --- for a plain and for a secure end -----------------------------------------------------
@@ -189,7 +188,6 @@ class _End(Watched):
         self._put(data)
 
     def _send_end(self) -> None:
-        """Say that no more data comes."""
         try:
             self._leg.socket.socket.shutdown(socket.SHUT_WR)
         except OSError as error:
@@ -197,7 +195,6 @@ class _End(Watched):
 
     @property
     def full(self) -> bool:
-        """Whether data waits to be sent here."""
         return bool(self.unsent)
 
     @property
@@ -461,7 +458,6 @@ class _SecureEnd(_End):
 
     @property
     def full(self) -> bool:
-        """Whether data waits to be sent here."""
         return bool(self.unsent or self._held)
 
     def _send_end(self) -> None:

@@ -65,11 +65,9 @@ class TunnelCounters:
         self._qkd_fallbacks = metrics.qkd_fallbacks.labels(tunnel)
 
     def refused(self, reason: str) -> None:
-        """A connection was refused."""
         self._metrics.failed.labels(self._tunnel, reason).inc()
 
     def handshake(self, session: Session) -> None:
-        """A handshake succeeded."""
         auth = session.authenticated_by.value
         self._metrics.handshakes.labels(self._tunnel, session.group, auth).inc()
         self._qkd_keys.inc(len(session.qkd_key_ids))
@@ -77,12 +75,10 @@ class TunnelCounters:
             self._qkd_fallbacks.inc()
 
     def epoch(self, session: Session) -> None:
-        """A connection has renewed its keys."""
         qkd = "yes" if session.epochs[-1].qkd_key_ids else "no"
         self._metrics.key_updates.labels(self._tunnel, qkd).inc()
 
     def handshake_failed(self, cause: BaseException | None) -> None:
-        """A handshake failed."""
         alert, by, reason = "none", "nobody", ""
         if isinstance(cause, PeerError):
             alert, by, reason = cause.alert.name.lower(), "us", str(cause.reason)

@@ -45,8 +45,6 @@ _Key: TypeAlias = tuple[Address, str]
 
 
 class _Rejected(HybridkexError):
-    """A connection is refused."""
-
     def __init__(self, kind: str, text: str) -> None:
         super().__init__(text)
         self.kind = kind
@@ -379,8 +377,6 @@ class TunnelServer:
 
 
 class _Connection:
-    """One connection, from accept to close."""
-
     def __init__(
         self,
         active: _ActiveConfig,

@@ -81,7 +81,6 @@ class Listening:
         return before
 
     def unlink(self) -> None:
-        """Remove the name of a Unix socket."""
         if self._inode and isinstance(self.address, UnixAddress) and self.reachable:
             with contextlib.suppress(OSError):
                 os.unlink(self.address.path)

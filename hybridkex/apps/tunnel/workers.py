@@ -81,7 +81,6 @@ class _Worker:
         """The last that it has told."""
 
     async def listen(self) -> None:
-        """Take in its messages, until it has ended."""
         async with self._stream:
             async for message in messages(self._stream):
                 if "ready" in message:
@@ -107,7 +106,6 @@ class _Worker:
                 await self._stream.send_all(json.dumps(fields).encode() + b"\n")
 
     def stop(self) -> None:
-        """End it now."""
         self.retired = self.stopped = True
         self.process.kill()
 
@@ -429,7 +427,6 @@ class _Sums:
         self._gone = gone
 
     def collect(self) -> list[Metric]:
-        """One family for each name."""
         families: dict[str, Metric] = {}
         sums: dict[str, dict[_Sample, float]] = {}
         for name, text, kind, there in (family for worker in self._found for family in worker):

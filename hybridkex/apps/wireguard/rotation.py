@@ -98,8 +98,6 @@ class RotationPolicy:
 
 
 class _State(Enum):
-    """The state of the installed key."""
-
     UNKNOWN = "it is not known which pre-shared key is in force"
     ABSENT = "the tunnel has NO pre-shared key"
     CONFIGURED = "the pre-shared key that was configured before stays in force"

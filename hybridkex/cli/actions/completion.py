@@ -16,7 +16,6 @@ _COMPLETED: Final = {Path: shtab.FILE, file_path: shtab.FILE, folder_path: shtab
 
 
 def run(options: CompletionOptions) -> int:
-    """Print the script."""
     if options.shell not in shtab.SUPPORTED_SHELLS:
         raise ConfigError(
             f"the installed shtab does not support {options.shell}: pip install --upgrade shtab"

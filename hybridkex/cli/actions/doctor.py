@@ -10,7 +10,6 @@ from hybridkex.text import json_line
 
 
 def run(options: DoctorOptions) -> int:
-    """Examine and report."""
     peer = options.peer_sae
     check_kme_options(options.access)
     if options.access.kme is None and peer is not None:

@@ -33,7 +33,6 @@ LOG: Final = get_logger("hybridkex.receive")
 
 
 def run(options: ReceiveOptions) -> int:
-    """Receive until stopped."""
     if options.max_connections < 1:
         raise ConfigError("--max-connections must be at least 1")
     set_up_logging(options.log_level)
@@ -60,8 +59,6 @@ async def _run(options: ReceiveOptions, request: EndRequest) -> None:
 
 
 class _Server:
-    """The listening socket and its connections."""
-
     def __init__(
         self,
         options: ReceiveOptions,

@@ -91,7 +91,6 @@ class _Wire:
         self._reported = False
 
     def sent(self) -> int:
-        """Bytes sent so far."""
         return sum(stream.sent for stream in self._streams)
 
     async def connect(self, config: ClientConfig) -> SecureStream[Any]:

@@ -182,7 +182,6 @@ def _one_listener(options: OneListener) -> TunnelSettings:
 
 
 def connect(options: OneConnector) -> int:
-    """Run the other end."""
     return _run(partial(_one_connector, options))
 
 

@@ -138,8 +138,6 @@ async def _rotate(
 
 
 async def _connect(address: TcpAddress, rotator: Rotator, *, once: bool) -> None:
-    """The initiator."""
-
     async def connect() -> trio.SocketStream:
         return await _open_stream(address)
 

@@ -97,17 +97,14 @@ class Row:
 
     @property
     def id(self) -> str:
-        """The row's identifier in reports."""
         return self.configuration.id + ("-resumed" if self.resumed else "")
 
     @property
     def title(self) -> str:
-        """The row's title in reports."""
         return self.configuration.title + (", resumed" if self.resumed else "")
 
 
 def rows() -> tuple[Row, ...]:
-    """Every connection that is recorded."""
     return tuple(
         Row(configuration, resumed)
         for configuration in CONFIGURATIONS

@@ -33,7 +33,6 @@ _LENGTH: Final = 1 + 2 * _WIDTH
 
 
 def add(one: Point, other: Point) -> Point:
-    """The sum of two points."""
     if one is None:
         return other
     if other is None:

@@ -54,7 +54,6 @@ class Cell:
 
     @property
     def verdict(self) -> str:
-        """The outcome in one word."""
         return "decrypted" if self.decrypted else "safe"
 
 
@@ -70,8 +69,6 @@ class Toy:
 
 @dataclass(kw_only=True)
 class Trial:
-    """All results."""
-
     cells: list[Cell] = field(default_factory=list)
     verdicts: dict[tuple[str, str], list[dict[str, Any]]] = field(default_factory=dict)
     """The process's verdict on each connection, by configuration and adversary."""
@@ -102,7 +99,6 @@ class Trial:
         return None
 
     def as_json(self) -> dict[str, object]:
-        """Plain values under stable names."""
         return {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.at)),
             "seconds": round(self.seconds, 2),

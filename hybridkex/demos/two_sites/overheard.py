@@ -36,18 +36,15 @@ class Overheard:
 
     @property
     def size(self) -> int:
-        """Bytes of these records."""
         return sum(record.size for record in self.connection.records)
 
     @property
     def server_name(self) -> str:
-        """The server name in the clear."""
         name = self.connection.client_hello.extensions.get(ext.ServerName)
         return name.host_name if name is not None else "none"
 
     @property
     def group(self) -> str:
-        """The group of the key exchange."""
         names = {group.code: group.name for group in ALL_GROUPS}
         return names[self.connection.group]
 

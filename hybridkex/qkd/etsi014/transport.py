@@ -368,7 +368,6 @@ class KmeTransport:
                 self._give_back(connection)
 
     def _take(self, origin: httpcore.Origin) -> "_Connection":
-        """A connection that is free, or a new one."""
         idle, self._idle = self._idle, []
         for connection in idle:
             self._give_back(connection)
@@ -384,7 +383,6 @@ class KmeTransport:
             connection.drop()
 
     async def aclose(self) -> None:
-        """Close the connections."""
         idle, self._idle = self._idle, []
         for connection in idle:
             await connection.aclose()
@@ -408,7 +406,6 @@ class _Connection:
         return self._http.is_idle() and not self._http.has_expired()
 
     async def exchange(self, request: httpcore.Request) -> Answer:
-        """Send one request and read its answer."""
         response = await self._http.handle_async_request(request)
         try:
             fields = httpx.Headers(response.headers)
@@ -427,7 +424,6 @@ class _Connection:
             self._backend.stream.drop()
 
     async def aclose(self) -> None:
-        """Close it in order."""
         with suppress(OSError, trio.BrokenResourceError):  # it has ended already
             await self._http.aclose()
 

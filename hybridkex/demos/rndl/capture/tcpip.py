@@ -33,8 +33,6 @@ _SERVER_MAC: Final = bytes.fromhex("020000000002")
 
 
 class ConnectionWriter:
-    """Writes one TCP connection into a capture."""
-
     def __init__(
         self, writer: PcapngWriter, client: Address, server: Address, time_ns: int
     ) -> None:
@@ -54,7 +52,6 @@ class ConnectionWriter:
             self._frame(not from_client, time_ns, _ACK | (_PSH if last else 0), piece)
 
     def end(self, time_ns: int, *, from_client: bool) -> None:
-        """Close one direction."""
         self._frame(not from_client, time_ns, _FIN | _ACK)
 
     def _frame(
@@ -126,7 +123,6 @@ class Flow:
         return " > ".join(f"{host}:{port}" for host, port in (self.client, self.server))
 
     def stream(self, *, from_client: bool) -> bytes:
-        """All bytes of one direction."""
         return b"".join(chunk.data for chunk in self.chunks if chunk.from_client == from_client)
 
 

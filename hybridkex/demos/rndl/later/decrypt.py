@@ -92,7 +92,6 @@ class Verdict:
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """The secrets that were not found."""
         return tuple(leg.name for leg in self.legs if leg.secret is None and leg.needed)
 
     @property

@@ -27,16 +27,13 @@ class Suite:
 
     @cached_property
     def hash_length(self) -> int:
-        """Bytes."""
         return hashlib.new(self.hash).digest_size
 
     @cached_property
     def empty_digest(self) -> bytes:
-        """The hash of nothing."""
         return self.digest(b"")
 
     def digest(self, data: bytes) -> bytes:
-        """The suite's hash."""
         return hashlib.new(self.hash, data).digest()
 
 

@@ -21,8 +21,6 @@ _MESSAGE_HASH: Final = 254
 
 @dataclass(frozen=True)
 class WireRecord:
-    """A record on the wire."""
-
     number: int
     """Its number in the connection, counting both directions."""
     time: float
@@ -33,7 +31,6 @@ class WireRecord:
 
     @property
     def size(self) -> int:
-        """Bytes on the wire."""
         return len(self.header) + len(self.fragment)
 
 
@@ -71,7 +68,6 @@ class Connection:
 
     @property
     def shares(self) -> tuple[bytes, bytes]:
-        """The client's and the server's key share."""
         offer = self.client_hello.extensions.get(ext.KeyShareOffer)
         entries = offer.entries if offer is not None else ()
         for entry in entries:
@@ -123,7 +119,6 @@ class Connection:
         return choice
 
     def protected(self, *, from_client: bool) -> Iterator[WireRecord]:
-        """The encrypted records of one direction."""
         for record in self.records:
             if record.from_client == from_client and record.type == ContentType.APPLICATION_DATA:
                 yield record

@@ -55,7 +55,6 @@ class Escrow:
         return identity
 
     def keep(self, primitive: str, private_key: Any) -> None:
-        """Record one private key."""
         line = {
             "public": public_share(private_key.public_key()).hex(),
             "private": private_key.private_bytes(
@@ -66,7 +65,6 @@ class Escrow:
 
 
 def append_line(path: Path, value: object) -> None:
-    """Append one line of JSON to a private file."""
     with open_private(path, append=True) as file:
         file.write(json.dumps(value).encode("ascii") + b"\n")
 

@@ -4,12 +4,24 @@ import os
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import Final
 
 import trio
 
 SIGNALS: Final = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def open_signals() -> Iterator[AsyncIterator[int]]:
+    """The signals for :func:`obey`, and a SIGHUP that has been blocked since the command began."""
+    with trio.open_signal_receiver(*SIGNALS) as received:
+        before = signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])
+        try:
+            yield received
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 async def obey(
@@ -20,7 +32,7 @@ async def obey(
     """Call ``reload`` for SIGHUP, once at a time, and ``end`` with the number of any other signal.
 
     Args:
-        received: the signals, of ``trio.open_signal_receiver(*SIGNALS)``.
+        received: the signals, of :func:`open_signals`.
         reload: cancelled by a signal to end, so that a file or a name server that does not answer
             does not delay the shutdown. It handles its own errors.
         end: called for each such signal; a second one may ask for an immediate end.

@@ -10,8 +10,9 @@ import argparse
 import dataclasses
 import gc
 import importlib
+import signal
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from types import NoneType
@@ -212,12 +213,14 @@ class Action:
         options: a dataclass of options.
         extra: what to install in brackets if a package is missing, such as ``kme,link``.
         function: takes the dataclass and returns the exit status.
+        reloads: whether SIGHUP, which ends other commands, is for it to take when it is ready.
     """
 
     module: str
     options: type
     extra: str | None = None
     function: str = "run"
+    reloads: bool = False
 
     def __call__(self, namespace: argparse.Namespace) -> int:
         """Run it.
@@ -226,11 +229,12 @@ class Action:
             ConfigError: a package of an extra is missing; the message names the extra.
         """
         options: object = from_namespace(self.options, namespace)
-        run = self._load()
-        try:
-            return run(options)
-        except ModuleNotFoundError as missing:
-            raise self._explained(missing) from None
+        with _hangup_blocked() if self.reloads else nullcontext():
+            run = self._load()
+            try:
+                return run(options)
+            except ModuleNotFoundError as missing:
+                raise self._explained(missing) from None
 
     def _load(self) -> Callable[[Any], int]:
         try:
@@ -248,6 +252,17 @@ class Action:
             f"this command needs the package {missing.name.partition('.')[0]}, which is not "
             f"installed: pip install 'hybridkex[{self.extra}]'"
         )
+
+
+@contextmanager
+def _hangup_blocked() -> Iterator[None]:
+    """Keep SIGHUP from ending the process; the command unblocks it when it has a handler."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
+    try:
+        yield
+    finally:
+        signal.sigtimedwait([signal.SIGHUP], 0)  # it came too early, or too late
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

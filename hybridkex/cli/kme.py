@@ -98,8 +98,8 @@ class DevUpOptions:
     log_level: str = log_level("warning")
 
 
-def _action(options: type, function: str, extra: str = "kme") -> Action:
-    return Action("kme", options, extra=extra, function=function)
+def _action(options: type, function: str, extra: str = "kme", reloads: bool = False) -> Action:
+    return Action("kme", options, extra=extra, function=function, reloads=reloads)
 
 
 _COMMANDS: Final = {
@@ -114,7 +114,7 @@ _COMMANDS: Final = {
         status="0 after SIGTERM or SIGINT, 1 when it cannot start; with --check, 0 when it could",
         notes="See docs/kme.md.",
         summary="run the KMEs of a configuration file",
-        action=_action(ServeOptions, "serve"),
+        action=_action(ServeOptions, "serve", reloads=True),
     ),
     "migrate": Command(
         "Move all keys of a store file into the PostgreSQL database that the configuration names. "
@@ -170,7 +170,7 @@ _COMMANDS: Final = {
         status="0 after SIGTERM or SIGINT, 1 when it cannot start",
         notes="For tests and first steps: both sites' keys are on one machine. See docs/kme.md.",
         summary="make certificates and configuration for two sites, and run both KMEs",
-        action=_action(DevUpOptions, "dev_up"),
+        action=_action(DevUpOptions, "dev_up", reloads=True),
     ),
 }
 

@@ -42,7 +42,9 @@ class DistilOptions:
         "with one FILE: connect to the other end there", metavar="HOST:PORT", group=_WHERE
     )
     key: Path | None = option("our private key, PEM")
-    peer: Path | None = option("the other end's certificate")
+    peer: Path | None = option(
+        "the other end's certificate, of which only the key counts, not the dates"
+    )
     keys: Path | None = option("write the keys to FILE, one line each: ID and hex")
     key_bits: int = key_bits()
     decoy_check: str = option(

@@ -102,7 +102,7 @@ class FileOptions:
 
 
 def _action(options: type, function: str) -> Action:
-    return Action("tunnel", options, extra="apps", function=function)
+    return Action("tunnel", options, extra="apps", function=function, reloads=True)
 
 
 _COMMANDS: Final = {

@@ -71,8 +71,8 @@ class LinkConfig:
     """Our role if the other end is in another process: ``alice``, who listens, or ``bob``."""
     address: TcpAddress | None = None
     peer_credential: Path | None = None
-    """The credential of the other KME; with our own it authenticates the first block."""
-
+    """The credential of the other KME; with our own it authenticates the first block. Its key is
+    pinned: the dates of the certificate do not count."""
     reauthentication: str = "refuse"
     """``signatures``: they may begin the link again when one end lost its authentication key."""
 
@@ -84,6 +84,8 @@ class LinkConfig:
         return RemoteEnd(self.party, self.address, self.peer_credential)
 
     def __post_init__(self) -> None:
+        if self.address is not None and not self.address.port:
+            raise ConfigError("address must have a port other than 0, which Bob can connect to")
         if self.reauthentication not in ("refuse", "signatures"):
             raise ConfigError("reauthentication must be refuse or signatures")
         if self.party not in (None, "alice", "bob"):

@@ -200,6 +200,9 @@ class KeyManagementEntity:
     def _new_buckets(self) -> dict[str, TokenBucket]:
         """One for each SAE of ours and for each peer."""
         limits = self.limits
+        for sae in self.settings.saes:
+            for role in ("master", "slave"):
+                self._metrics.delivered.labels(self.kme_id, role, sae)
         return {sae: TokenBucket(limits.rate, limits.burst) for sae in self.settings.saes} | {
             peer: TokenBucket(limits.peer_rate, limits.peer_burst) for peer in self._links
         }

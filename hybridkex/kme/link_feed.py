@@ -561,6 +561,7 @@ def link_feed(config: KmeConfig, peer: PeerConfig, metrics: KmeMetrics) -> PairF
     )
 
     name = f"{config.id}: the QKD link to {peer.id}"
+    metrics.begin_qkd_link(config.id, peer.id)
     up = False
 
     def note(block: Block | BlockAborted) -> None:

@@ -98,6 +98,7 @@ class KmeMetrics:
         """
         self.produced.labels(kme, link)
         self.shortages.labels(kme, link)
+        self.expired.labels(kme)
         for counter, reasons in (
             (self.lost, lost),
             (self.refused, (one.value for one in refused)),
@@ -105,6 +106,13 @@ class KmeMetrics:
         ):
             for reason in reasons:
                 counter.labels(kme, link, reason)
+
+    def begin_qkd_link(self, kme: str, link: str) -> None:
+        """Begin the counters of a QKD link at zero, as :meth:`begin_link` does."""
+        for outcome in ("made", "aborted"):
+            self.link_blocks.labels(kme, link, outcome)
+        self.link_sifted.labels(kme, link)
+        self.link_secret.labels(kme, link)
 
     def note_block(self, kme: str, link: str, block: "Block | BlockAborted") -> None:
         if isinstance(block, BlockAborted):

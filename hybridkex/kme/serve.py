@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self, TypeAlias, cast
@@ -552,9 +552,13 @@ def _fixed(old: KmeConfig, new: KmeConfig) -> Iterator[tuple[str, object, object
     for what, of in (
         ("set of peers", lambda peer: peer.url is None),
         ("producer", lambda peer: peer.producer),
-        ("link", lambda peer: peer.link),
     ):
         yield what, {one.id: of(one) for one in old.peer}, {one.id: of(one) for one in new.peer}
+    links = {peer.id: peer.link for peer in old.peer}
+    for peer in new.peer:
+        for one in fields(peer.link):
+            name = f"{one.name} in the link table of {peer.id}"
+            yield name, getattr(links[peer.id], one.name), getattr(peer.link, one.name)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,20 +5,26 @@ import contextlib
 import dataclasses
 import gc
 import io
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, get_type_hints
 
 import pytest
+import trio
 
 from hybridkex import ALL_GROUPS, ALL_SUITES
+from hybridkex.apps.systemd import open_signals
 from hybridkex.apps.transfer import PROTOCOL
 from hybridkex.apps.wireguard import REKEY_AFTER
 from hybridkex.auth.dev_ca import ALGORITHMS
-from hybridkex.cli import choices, main
-from hybridkex.cli.arguments import Action
+from hybridkex.cli import choices, kme, main, tunnel
+from hybridkex.cli.arguments import Action, Command
 from hybridkex.cli.commands import COMMANDS, command_parser
+from hybridkex.errors import ConfigError
 from hybridkex.kme.config import PRODUCERS
 from hybridkex.link.finite_key import FINITE_KEY
 from hybridkex.link.presets import PRESETS
@@ -213,3 +219,53 @@ def test_the_collector_rests_while_a_command_is_imported(monkeypatch: pytest.Mon
         gc.unfreeze()
     assert seen == [False]
     assert gc.isenabled()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_command_that_reloads_takes_a_hangup_when_it_is_ready(
+    fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By itself it would end the process. The threads of other tests do not block it, so it is
+    sent to this one."""
+    heard: list[int] = []
+
+    async def ready() -> None:
+        with open_signals() as received, trio.fail_after(10):
+            heard.append(await anext(received))
+
+    def run(_: object) -> int:
+        signal.pthread_kill(threading.get_ident(), signal.SIGHUP)
+        if fails:
+            raise ConfigError("it cannot start")
+        trio.run(ready)
+        signal.pthread_kill(threading.get_ident(), signal.SIGHUP)  # it is ending
+        return 0
+
+    monkeypatch.setattr(Action, "_load", lambda _: run)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    action = Action("none", Nothing, reloads=True)
+    if fails:
+        with pytest.raises(ConfigError):
+            action(argparse.Namespace())
+    else:
+        assert action(argparse.Namespace()) == 0
+    assert heard == ([] if fails else [signal.SIGHUP])
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+
+
+@dataclass
+class Nothing:
+    """No options."""
+
+
+def test_the_commands_that_reload() -> None:
+    def of(name: str, command: Command) -> dict[str, bool]:
+        found = {} if command.action is None else {name: command.action.reloads}
+        for inner, one in command.commands.items():
+            found |= of(f"{name} {inner}", one)
+        return found
+
+    found = of("kme", kme.COMMAND) | of("tunnel", tunnel.COMMAND)
+    assert {name for name, reloads in found.items() if reloads} == {
+        "kme serve", "kme dev-up", "tunnel listen", "tunnel connect", "tunnel run",
+    }  # fmt: skip

@@ -786,6 +786,8 @@ def test_each_setting_of_a_link_is_held_or_refused(
             return made._settings.digest, made._party, made._address, certificate
         return made._make.args[0].digest, made._make.keywords["bootstrap"]
 
+    with pytest.raises(ConfigError, match="a port other than 0"):
+        held(**usual | {"address": TcpAddress("127.0.0.1", 0)})
     assert sorted(OTHERS) == sorted(one.name for one in dataclasses.fields(LinkConfig))
     before = None if mode == "no link" else held(**usual)
     for name, value in OTHERS.items():
@@ -840,3 +842,20 @@ def _identity(kind: str) -> tuple[DevCa, Any]:
 
 def _credential(folder: Path, kind: str) -> None:
     write_identity(folder, *_identity(kind))
+
+
+def test_the_counters_of_a_link_begin_at_zero(
+    tmp_path: Path, signatures: dict[str, Signatures]
+) -> None:
+    metrics = KmeMetrics()
+    config: Any = SimpleNamespace(
+        id="a", key=tmp_path / "alice" / "key.pem", limits=SimpleNamespace(key_size=256)
+    )
+    link = LinkConfig(preset="rusca2018", distance_km=0.0, block_bits=30_000)
+    link_feed.link_feed(config, PeerConfig(id="b", saes=(), producer="link", link=link), metrics)
+    shown = metrics.text().decode()
+    for name in ("sifted_bits", "secret_bits"):
+        assert f'hybridkex_qkd_link_{name}_total{{kme="a",link="b"}} 0.0' in shown
+    for outcome in ("made", "aborted"):
+        labels = f'kme="a",link="b",outcome="{outcome}"'
+        assert f"hybridkex_qkd_link_blocks_total{{{labels}}} 0.0" in shown

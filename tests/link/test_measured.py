@@ -347,7 +347,7 @@ def test_no_room_for_the_keys_is_found_before_the_other_end_makes_them(
 ) -> None:
     _write_credentials(tmp_path)
     monkeypatch.setattr(qkd_data, "WAIT", 0.3)
-    command = ["qkd", "distil", "examples/qkd-data/alice.npz", "--listen", "127.0.0.1:0",
+    command = ["qkd", "distil", "examples/qkd-data/alice.npz", "--listen", f"127.0.0.1:{free_port()}",
                "--key", str(tmp_path / "alice.key"), "--peer", str(tmp_path / "bob.pem"),
                "--keys"]  # fmt: skip
     assert main([*command, str(tmp_path / "missing" / "keys")]) == 1
@@ -361,6 +361,9 @@ def test_no_room_for_the_keys_is_found_before_the_other_end_makes_them(
     assert "keys: File too large" in capsys.readouterr().err
     assert main([*command, str(tmp_path / "keys")]) == 1
     assert "did not connect" in capsys.readouterr().out
+    command[4] = "127.0.0.1:0"
+    assert main([*command, str(tmp_path / "keys")]) == 1
+    assert "a port other than 0" in capsys.readouterr().err
     assert not [one for one in tmp_path.iterdir() if "keys" in one.name]
 
 

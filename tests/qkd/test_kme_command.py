@@ -278,6 +278,17 @@ def test_paths_that_cannot_be(tmp_path: Path) -> None:
             load_config(path)
 
 
+def hold_hangup(process: Any) -> None:
+    """Send SIGHUP as soon as the process blocks it."""
+
+    def blocks() -> bool:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        return bool(int(status.partition("SigBlk:")[2].split()[0], 16) & 1)
+
+    until(lambda: blocks() or b"metrics on" in process.said(), process)
+    process.send_signal(signal.SIGHUP)
+
+
 def test_each_process_of_a_file_has_metrics_of_its_own(
     tmp_path: Path, hybridkex: Forkserver
 ) -> None:
@@ -286,9 +297,11 @@ def test_each_process_of_a_file_has_metrics_of_its_own(
     words = ("--ports", "0,0", "--metrics", "127.0.0.1:1", "--no-serve")
     assert hybridkex.run("kme", "dev-up", folder, *words).returncode == 0
     process = hybridkex.start("kme", "serve", folder / "kme.toml", "--metrics", "127.0.0.1:0")
+    hold_hangup(process)  # one that comes before the KMEs are ready is carried out when they are
     until(lambda: b"metrics on http://127.0.0.1:" in process.said(), process)
+    until(lambda: process.told().count(b"reloaded") == 1, process)
     process.send_signal(signal.SIGHUP)
-    until(lambda: b"reloaded" in process.told(), process)
+    until(lambda: process.told().count(b"reloaded") == 2, process)
     assert b"not reloaded" not in process.told()
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=20) == 0

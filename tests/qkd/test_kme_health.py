@@ -354,6 +354,10 @@ async def test_counters_of_a_link_begin_at_zero(tmp_path: Path) -> None:
     )
     names = ("keys_lost", "keys_produced", "blocks_refused", "peer_excess", "shortages")
     assert begun == {f"hybridkex_kme_{name}_total" for name in names}
+    text = metrics.text().decode()
+    assert 'hybridkex_kme_keys_expired_total{kme="kme-a"} 0.0' in text
+    for role in ("master", "slave"):
+        assert f'keys_delivered_total{{kme="kme-a",role="{role}",sae="a"}} 0.0' in text
 
 
 async def test_many_who_ask_load_nothing(

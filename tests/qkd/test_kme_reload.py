@@ -136,13 +136,29 @@ async def test_a_sealing_key_that_was_taken_up_is_named(site: Path) -> None:
         ("kme-a/keys.db", "kme-a/other.db", "store"),
         ('listen = "127.0.0.1:0"', 'listen = "127.0.0.1:1"', "listen"),
         ('tls = "stdlib"', 'tls = "stdlib"\nself_pairs = true', "self_pairs"),
+        ('producer = "random"', 'producer = "link"', "producer"),
+        *(
+            (
+                'producer = "random"',
+                f'producer = "link"\n{link}\n',
+                f"{name} in the link table of kme-b",
+            )
+            for name, link in (
+                ("distance_km", "link = { distance_km = 2 }"),
+                ("block_bits", "link = { distance_km = 1, block_bits = 30000 }"),
+                ("bootstrap", 'link = { distance_km = 1, bootstrap = "psk" }'),
+            )
+        ),
     ],
 )
 async def test_what_needs_a_restart_is_said(site: Path, old: str, new: str, said: str) -> None:
     path = site / "kme.toml"
+    text = path.read_text()
+    if "link table" in said:
+        path.write_text(text.replace(old, 'producer = "link"\nlink = { distance_km = 1 }\n'))
     server: Any = KmeServer(load_config(path))
     try:
-        path.write_text(path.read_text().replace(old, new))
+        path.write_text(text.replace(old, new))
         with pytest.raises(ConfigError, match=f"another {said} needs a restart"):
             await server.reload(partial(load_config, path))
     finally:

@@ -6,7 +6,7 @@ from typing import Final
 import trio
 
 from hybridkex import HybridkexError
-from hybridkex.apps.systemd import SIGNALS, notify, notify_reloading, obey
+from hybridkex.apps.systemd import notify, notify_reloading, obey, open_signals
 from hybridkex.apps.tunnel.config import TunnelSettings
 from hybridkex.apps.tunnel.server import TunnelServer
 from hybridkex.apps.tunnel.workers import WorkerPool
@@ -52,7 +52,7 @@ class TunnelService:
         Raises:
             ConfigError: the first settings cannot be used.
         """
-        with trio.open_signal_receiver(*SIGNALS) as received:
+        with open_signals() as received:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(obey, received, self._reload, self._end)
                 with self._starting:

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import trio
 
-from hybridkex.apps.systemd import SIGNALS, notify, notify_reloading, obey
+from hybridkex.apps.systemd import notify, notify_reloading, obey, open_signals
 from hybridkex.auth.dev_ca import DevCa, identity_files
 from hybridkex.cli.key_sources import kme_access
 from hybridkex.cli.kme import (
@@ -90,12 +90,17 @@ def _run_server(load: Callable[[], ServeConfig], announce: Callable[[Serving], N
             notify("STOPPING=1")
             server.close()
 
-        with trio.open_signal_receiver(*SIGNALS) as signals:
+        async def reload() -> None:
+            await announced.event.wait()
+            await _reload(server, load)
+
+        announced = _Announced(announce)
+        with open_signals() as signals:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(obey, signals, partial(_reload, server, load), end)
+                nursery.start_soon(obey, signals, reload, end)
                 try:
                     # Not in the nursery: an error must not be wrapped in an exception group.
-                    await server.serve(task_status=_Announced(announce))
+                    await server.serve(task_status=announced)
                 finally:
                     nursery.cancel_scope.cancel()
 
@@ -108,8 +113,10 @@ class _Announced:
 
     def __init__(self, announce: Callable[[Serving], None]) -> None:
         self._announce = announce
+        self.event: Final = trio.Event()
 
     def started(self, value: Any = None) -> None:
+        self.event.set()
         self._announce(value)
         notify("READY=1")
 

@@ -172,16 +172,18 @@ def _both(measured: list[Measured], settings: LinkSettings) -> Block:
 async def _one(measured: Measured, settings: LinkSettings, options: DistilOptions) -> Block:
     if options.key is None or options.peer is None or not (options.listen or options.connect):
         raise ConfigError("with one file, give --listen or --connect, --key and --peer")
+    address = parse_tcp_address(options.connect or options.listen or "")
+    if not address.port:
+        raise ConfigError("--listen and --connect need a port other than 0, the same at both ends")
     signatures = Signatures.from_files(options.key, options.peer)
     make = bob_of if measured.intensity is None else alice_of
     sends = Direction.BOB_TO_ALICE if measured.intensity is None else Direction.ALICE_TO_BOB
     if options.connect:
-        stream = await _connected(parse_tcp_address(options.connect), signatures, sends)
+        stream = await _connected(address, signatures, sends)
         async with stream:
             return await make(measured, settings, stream, signatures).block()
-    here = parse_tcp_address(options.listen or "")
-    with opening(here):
-        listeners = await open_tcp_listeners(here.port, host=here.host)
+    with opening(address):
+        listeners = await open_tcp_listeners(address.port, host=address.host)
     desk = _Desk(signatures, Direction(1 - sends))
     supervisor = Supervisor(desk.receive, name="QKD distillation", logger=LOG)
     async with trio.open_nursery() as nursery:

@@ -347,7 +347,8 @@ def test_no_room_for_the_keys_is_found_before_the_other_end_makes_them(
 ) -> None:
     _write_credentials(tmp_path)
     monkeypatch.setattr(qkd_data, "WAIT", 0.3)
-    command = ["qkd", "distil", "examples/qkd-data/alice.npz", "--listen", f"127.0.0.1:{free_port()}",
+    here = f"127.0.0.1:{free_port()}"
+    command = ["qkd", "distil", "examples/qkd-data/alice.npz", "--listen", here,
                "--key", str(tmp_path / "alice.key"), "--peer", str(tmp_path / "bob.pem"),
                "--keys"]  # fmt: skip
     assert main([*command, str(tmp_path / "missing" / "keys")]) == 1

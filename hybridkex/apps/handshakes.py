@@ -1,6 +1,6 @@
 """Messages for failed handshakes of our own."""
 
-from hybridkex import ClientConfig, Property, ServerConfig
+from hybridkex import ClientConfig, ServerConfig
 from hybridkex.errors import AlertReceived, TruncationError
 from hybridkex.machine import broken
 
@@ -18,7 +18,7 @@ def handshake_failed(error: BaseException, config: ClientConfig | ServerConfig) 
     )
     if isinstance(config, ServerConfig) or not unwanted:
         return text
-    if all(Property.POST_QUANTUM in group.properties for group in config.group_list):
+    if all(group.post_quantum for group in config.group_list):
         text += (
             "; the server may lack a post-quantum group: '--groups X25519MLKEM768,x25519' also "
             "offers a classical one"

@@ -13,6 +13,7 @@ into the configuration; the engine needs no change.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Flag, auto
+from functools import cached_property
 from itertools import accumulate
 from typing import Final, Protocol
 
@@ -104,7 +105,12 @@ class Group:
         """The union of the parts' properties."""
         return self.exchange.properties
 
-    @property
+    @cached_property
+    def post_quantum(self) -> bool:
+        """Whether one of the parts is post-quantum."""
+        return Property.POST_QUANTUM in self.properties
+
+    @cached_property
     def part_names(self) -> tuple[str, ...]:
         """The parts' names, in the order of the layout."""
         return tuple([part.name for part in self.exchange.parts])

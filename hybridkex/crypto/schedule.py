@@ -76,9 +76,6 @@ class _Base:
         mac.update(digest)
         return mac.finalize()
 
-    def _traffic(self, suite: CipherSuite, label: bytes, digest: bytes) -> "TrafficSecret":
-        return TrafficSecret(suite, self.derive(label, digest))
-
     def _salt(self) -> Secret:
         """The salt for extracting the secret of the next stage."""
         return self.derive(Label.DERIVED, self.hash.empty_digest)
@@ -147,11 +144,11 @@ class HandshakeSecret(_Base):
 
     def client_handshake_traffic(self, suite: CipherSuite, digest: bytes) -> TrafficSecret:
         """``digest`` covers ClientHello...ServerHello."""
-        return self._traffic(suite, Label.CLIENT_HANDSHAKE_TRAFFIC, digest)
+        return TrafficSecret(suite, self.derive(Label.CLIENT_HANDSHAKE_TRAFFIC, digest))
 
     def server_handshake_traffic(self, suite: CipherSuite, digest: bytes) -> TrafficSecret:
         """``digest`` covers ClientHello...ServerHello."""
-        return self._traffic(suite, Label.SERVER_HANDSHAKE_TRAFFIC, digest)
+        return TrafficSecret(suite, self.derive(Label.SERVER_HANDSHAKE_TRAFFIC, digest))
 
     def main_secret(self) -> "MainSecret":
         """The last stage."""
@@ -166,11 +163,11 @@ class MainSecret(_Base):
 
     def client_application_traffic(self, suite: CipherSuite, digest: bytes) -> TrafficSecret:
         """``digest`` covers ClientHello...server Finished."""
-        return self._traffic(suite, Label.CLIENT_APPLICATION_TRAFFIC, digest)
+        return TrafficSecret(suite, self.derive(Label.CLIENT_APPLICATION_TRAFFIC, digest))
 
     def server_application_traffic(self, suite: CipherSuite, digest: bytes) -> TrafficSecret:
         """``digest`` covers ClientHello...server Finished."""
-        return self._traffic(suite, Label.SERVER_APPLICATION_TRAFFIC, digest)
+        return TrafficSecret(suite, self.derive(Label.SERVER_APPLICATION_TRAFFIC, digest))
 
     def exporter_secret(self, digest: bytes) -> "ExporterSecret":
         """``digest`` covers ClientHello...server Finished."""

@@ -118,7 +118,7 @@ class _Offer:
         raw = wire.encode(message)
         return self._with_binders(raw, prefix) if self.psks else raw
 
-    @property
+    @cached_property
     def classes(self) -> tuple[type[ext.Extension], ...]:
         """Those of the extensions that are sent."""
         last = map(type, self._last_extensions)

@@ -19,7 +19,7 @@ from hybridkex.auth import (
     TrustStore,
 )
 from hybridkex.constants import MAX_PLAINTEXT
-from hybridkex.crypto.kex import CLASSICAL_GROUPS, HYBRID_GROUPS, Group, Property
+from hybridkex.crypto.kex import CLASSICAL_GROUPS, HYBRID_GROUPS, Group
 from hybridkex.crypto.psk import ExternalPsk
 from hybridkex.crypto.signatures import ALL_SCHEMES, SignatureScheme
 from hybridkex.crypto.suites import ALL_SUITES, CipherSuite
@@ -249,13 +249,12 @@ class _Config:
         wanted = self.policy.post_quantum
         _check_list("group", self.group_list)
         for group in self.groups or ():
-            quantum_safe = Property.POST_QUANTUM in group.properties
-            if wanted is Requirement.REQUIRE and not quantum_safe:
+            if wanted is Requirement.REQUIRE and not group.post_quantum:
                 raise ConfigError(
                     f"{group} has no post-quantum part and the policy requires one; "
                     "Policy(post_quantum=Requirement.PREFER) allows it"
                 )
-            if wanted is Requirement.OFF and quantum_safe:
+            if wanted is Requirement.OFF and group.post_quantum:
                 raise ConfigError(
                     f"{group} has a post-quantum part, but the policy turns these off"
                 )

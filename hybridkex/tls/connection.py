@@ -531,8 +531,8 @@ class Connection:
             raise LocalStateError("the connection was closed, and its keys have been discarded")
 
     def _check_alive(self) -> None:
-        self._check_kept()
         if self._error is not None:
+            self._check_kept()
             raise LocalStateError(f"the connection has failed: {self._error}") from self._error
 
     def _fail(self, error: PeerError) -> None:

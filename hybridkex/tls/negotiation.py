@@ -7,7 +7,7 @@ from typing import Final
 
 from hybridkex.auth import Identity, RawIdentity, VerifiedPeer
 from hybridkex.constants import TLS13, Label
-from hybridkex.crypto.kex import Group, Property
+from hybridkex.crypto.kex import Group
 from hybridkex.crypto.psk import ExternalPsk, import_key
 from hybridkex.crypto.schedule import (
     EarlySecret,
@@ -250,7 +250,7 @@ def describe(
         cipher_suite=suite.name,
         group=group.name,
         parts=group.part_names,
-        post_quantum=Property.POST_QUANTUM in group.properties,
+        post_quantum=group.post_quantum,
         authenticated_by=by,
         signature_scheme=scheme.name if scheme is not None else None,
         psk_identity=psk.external_identity if psk is not None else None,

@@ -6,6 +6,7 @@ was asked for or raises :class:`~hybridkex.errors.DecodeError`. The functions th
 Every encoder of this package writes through them.
 """
 
+from functools import partial
 from struct import Struct, pack, unpack
 from struct import error as StructError
 
@@ -130,49 +131,28 @@ class Reader:
             raise DecodeError(f"{self.remaining} bytes too many")
 
 
-def _unsigned(value: int, width: int) -> bytes:
+def _unsigned(width: int, value: int) -> bytes:
     try:
         return value.to_bytes(width, "big")
     except OverflowError:
         raise EncodeError(f"the value {value} does not fit into {8 * width} bits") from None
 
 
-def u8(value: int) -> bytes:
-    return _unsigned(value, 1)
+u8, u16, u32, u64 = (partial(_unsigned, width) for width in (1, 2, 4, 8))
+"""Unsigned integers of 8 to 64 bits."""
 
 
-def u16(value: int) -> bytes:
-    return _unsigned(value, 2)
-
-
-def u32(value: int) -> bytes:
-    return _unsigned(value, 4)
-
-
-def u64(value: int) -> bytes:
-    return _unsigned(value, 8)
-
-
-def _vector(content: bytes, width: int, most: int) -> bytes:
+def _vector(width: int, content: bytes, most: int) -> bytes:
     length = len(content)
     if length > most:
         raise EncodeError(f"{length} bytes in a vector of at most {most}")
     return length.to_bytes(width, "big") + content
 
 
-def vector8(content: bytes, most: int = 0xFF) -> bytes:
-    """A vector of up to 255 bytes, or of up to ``most``."""
-    return _vector(content, 1, most)
-
-
-def vector16(content: bytes) -> bytes:
-    """A vector of up to 65,535 bytes."""
-    return _vector(content, 2, 0xFFFF)
-
-
-def vector24(content: bytes) -> bytes:
-    """A vector of up to 2^24 - 1 bytes."""
-    return _vector(content, 3, 0xFFFFFF)
+vector8, vector16, vector24, vector32 = (
+    partial(_vector, width, most=(1 << 8 * width) - 1) for width in (1, 2, 3, 4)
+)
+"""A vector with a length of 8 to 32 bits, of as many bytes as that can say or of up to ``most``."""
 
 
 def u8_list(values: tuple[int, ...]) -> bytes:
@@ -191,11 +171,6 @@ def entry(type_: int, content: bytes) -> bytes:
         raise EncodeError(
             f"an entry of type {type_} with {len(content)} bytes; either has 16 bits"
         ) from None
-
-
-def vector32(content: bytes) -> bytes:
-    """A vector of up to 2^32 - 1 bytes."""
-    return u32(len(content)) + content
 
 
 def u16_list(values: tuple[int, ...]) -> bytes:

@@ -4,7 +4,7 @@
 bytes that were received, never a message written again.
 """
 
-from functools import partial
+from functools import lru_cache, partial
 from typing import Final, Self
 
 from hybridkex.constants import HELLO_RETRY_RANDOM, LEGACY_VERSION, HandshakeType, KdfCode
@@ -256,6 +256,10 @@ def decode(raw: bytes) -> Message:
         DecodeError: it does not parse, or something is left over.
         IllegalParameter: a field has a value that it must not have.
     """
+    return _decode_alike(raw) if raw[0] in _ALIKE and len(raw) <= _KEPT else _decode(raw)
+
+
+def _decode(raw: bytes) -> Message:
     cls = _CLASSES.get(raw[0])
     if cls is None:
         raise UnexpectedMessage(f"handshake message of unknown type {raw[0]}", Reason.MESSAGE_TYPE)
@@ -266,6 +270,13 @@ def decode(raw: bytes) -> Message:
     except DecodeError as error:
         raise DecodeError(f"{cls.type.name.lower()}: {error}") from None
     return message
+
+
+_ALIKE: Final = (EncryptedExtensions.type, CertificateRequest.type, Certificate.type)
+"""The types of messages that a peer sends alike in each handshake: they are kept as read."""
+_KEPT: Final = 4096
+"""Bytes of the longest of them."""
+_decode_alike: Final = lru_cache(maxsize=64)(_decode)
 
 
 _KDFS: Final = frozenset(int(code) for code in KdfCode)

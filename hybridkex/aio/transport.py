@@ -29,6 +29,7 @@ from typing import Any, Final, cast
 
 from hybridkex.aio.failures import SecureConnectionTimeout, connection_error
 from hybridkex.aio.places import Places
+from hybridkex.constants import MAX_PLAINTEXT
 from hybridkex.errors import (
     HandshakeTimeout,
     HybridkexError,
@@ -49,8 +50,9 @@ from hybridkex.tls.config import ClientConfig, ServerConfig
 from hybridkex.tls.connection import connection_for
 from hybridkex.tls.events import ApplicationData, PskWanted, SessionProposed, TicketReceived
 from hybridkex.tls.one_time_pad import PadBudget
+from hybridkex.tls.protection import FULL_RECORD
 from hybridkex.tls.session import Session
-from hybridkex.wire.records import HEADER_LENGTH, MAX_RECORD
+from hybridkex.wire.records import HEADER_LENGTH
 
 _log: Final = get_logger("hybridkex.aio")
 _LINES: Final = BoundedLog(_log)
@@ -61,12 +63,12 @@ _HANDSHAKE_TIMEOUT: Final = 10.0
 _SHUTDOWN_TIMEOUT: Final = 30.0
 """Seconds from ``close`` until the peer's close_notify; asyncio's default."""
 
-_READ_SIZE: Final = 16 * MAX_RECORD
+_READ_SIZE: Final = 16 * FULL_RECORD
 _READ_WAITING: Final = 2048
 """Bytes that are read of a connection that waits for a place: a ClientHello."""
 _JOIN: Final = 16 * 1024
 """Bytes up to which writes wait to be joined; more is encrypted at once."""
-_BATCH: Final = 256 * 1024
+_BATCH: Final = 16 * MAX_PLAINTEXT
 """Bytes that are encrypted and sent in one iteration of the loop."""
 _ALERT_TIMEOUT: Final = 1.0
 _IGNORED_WRITES: Final = 5

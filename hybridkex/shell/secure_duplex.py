@@ -23,6 +23,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, ClassVar, Final, NoReturn
 
+from hybridkex.constants import MAX_PLAINTEXT
 from hybridkex.errors import (
     HandshakeTimeout,
     HybridkexError,
@@ -40,13 +41,14 @@ from hybridkex.tls.config import ClientConfig, ServerConfig
 from hybridkex.tls.connection import ClientConnection, ServerConnection, connection_for
 from hybridkex.tls.events import ApplicationData, PskWanted, SessionProposed, TicketReceived
 from hybridkex.tls.one_time_pad import PadBudget
+from hybridkex.tls.protection import FULL_RECORD
 from hybridkex.tls.session import Session
 
 DEFAULT_HANDSHAKE_TIMEOUT: Final = 10.0
 """Seconds that a handshake may take."""
 
-READ_SIZE: Final = 256 * 1024
-_SEND_SIZE: Final = 256 * 1024
+READ_SIZE: Final = 16 * FULL_RECORD
+_SEND_SIZE: Final = 16 * MAX_PLAINTEXT
 _ALERT_TIMEOUT: Final = 1.0
 _CLOSE_TIMEOUT: Final = 10.0
 _ACKNOWLEDGED_EVERY: Final = 0.02

@@ -16,6 +16,9 @@ from hybridkex.errors import BadRecordMac, RecordOverflow
 from hybridkex.wire.records import HEADER, HEADER_LENGTH, Record, RecordBuffer, header
 
 _OVERHEAD: Final = 1 + TAG_LENGTH
+FULL_RECORD: Final = HEADER_LENGTH + MAX_PLAINTEXT + _OVERHEAD
+"""Bytes of a record with as much data as it can hold and no padding. In a bulk transfer, a read of
+a multiple of this ends with a record, and none has to be put together from two reads."""
 _HEADER: Final = Struct(">BHH")
 _TYPES: Final = tuple(bytes((value,)) for value in range(256))
 SMALL: Final = 2048

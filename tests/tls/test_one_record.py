@@ -13,7 +13,9 @@ from hybridkex import (
     ServerConnection,
     TrustStore,
 )
+from hybridkex.aio.transport import _READ_SIZE
 from hybridkex.errors import BadRecordMac, PeerError
+from hybridkex.shell.secure_duplex import READ_SIZE
 from hybridkex.tls.events import ApplicationData, SessionProposed
 
 CA = DevCa.create()
@@ -136,6 +138,12 @@ def test_records_are_sealed_the_short_way_while_nothing_else_is_to_be_sent() -> 
     server.abort(BadRecordMac("for the test"))
     server.data_to_send()
     assert server.seal_record(b"data") is None
+
+
+def test_a_bulk_read_ends_with_a_record() -> None:
+    client, _ = connected()
+    client.send_data(bytes(16 * 16384))
+    assert len(client.data_to_send()) == READ_SIZE == _READ_SIZE
 
 
 @pytest.mark.parametrize("seed", range(20))

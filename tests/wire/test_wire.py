@@ -411,3 +411,19 @@ def test_a_partial_record_is_all_that_is_kept() -> None:
     assert buffer.take() is None
     assert buffer.drain() == b"rest"
     assert buffer.pending == 0
+
+
+def test_only_messages_that_peers_send_alike_are_kept_and_only_short_ones() -> None:
+    def read_once(message: messages.Message) -> bool:
+        raw = messages.encode(message)
+        first, again = messages.decode(raw), messages.decode(bytes(bytearray(raw)))
+        assert first == again == message
+        return first is again
+
+    def chain(size: int) -> messages.Certificate:
+        return messages.Certificate(b"", ((bytes(size), Extensions()),))
+
+    assert read_once(messages.EncryptedExtensions(Extensions()))
+    assert read_once(chain(1000))
+    assert not read_once(chain(5000))
+    assert not read_once(messages.Finished(bytes(48)))

@@ -26,25 +26,6 @@ from typing import Any, BinaryIO, Final, NoReturn
 
 from hybridkex.errors import ConfigError
 
-__all__ = [
-    "PRIVATE",
-    "PUBLIC",
-    "change_mode",
-    "check_own",
-    "create_file",
-    "is_shared",
-    "make_private",
-    "make_private_folder",
-    "open_private",
-    "open_regular",
-    "read_file",
-    "read_toml",
-    "read_utf8",
-    "reserve_file",
-    "write_file",
-    "write_files",
-]
-
 LIMIT: Final = 16 << 20
 """Most bytes of a file: far more than any certificate, key, key list or configuration needs."""
 PATIENCE: Final = 5.0

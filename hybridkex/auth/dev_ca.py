@@ -24,8 +24,6 @@ from hybridkex.errors import ConfigError
 from hybridkex.files import PRIVATE, PUBLIC, write_files
 from hybridkex.machine import write_error
 
-__all__ = ["ALGORITHMS", "DevCa", "identity_files", "write_identity"]
-
 _ONE_DAY: Final = timedelta(days=1)
 _MAX_COMMON_NAME: Final = 64  # characters, RFC 5280 appendix A.1
 

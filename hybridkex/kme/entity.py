@@ -20,7 +20,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import trio
 
@@ -279,13 +279,8 @@ class KeyManagementEntity:
             raise ErrorResponse(503, "too many requests")
 
     def _unauthorized(self, caller: str, why: str) -> ErrorResponse:
-        self.log.log(
-            logging.WARNING,
-            "%s: a certificate of our authority names %s, and %s: it got 401",
-            self.kme_id,
-            caller,
-            why,
-        )
+        text = "%s: a certificate of our authority names %s, and %s: it got 401"
+        self.log.log(logging.WARNING, text, self.kme_id, caller, why)
         return ErrorResponse(401, "Unauthorized")
 
     def _link_to(self, slaves: Sequence[str]) -> _Link:
@@ -373,15 +368,7 @@ class KeyManagementEntity:
                 await self._tell_void(link, key_ids)
                 raise
             self._metrics.delivered.labels(self.kme_id, "master", master).inc(len(keys))
-            LOG.info(
-                "%s: %s drew %d keys for %s: %s",
-                self.kme_id,
-                master,
-                len(keys),
-                ", ".join(slaves),
-                ", ".join(key_ids),
-                extra={"fields": fields},
-            )
+            self._tell(fields, "%s drew %d keys for %s", master, len(keys), ", ".join(slaves))
             return KeyContainer(
                 keys=tuple(DeliveredKey(key_id=one.key_id, key=key) for one, key in keys)
             )
@@ -398,6 +385,11 @@ class KeyManagementEntity:
         parties = {} if master is None else {"master": master, "slaves": list(slaves)}
         event_of = {"event": event, "kme": self.kme_id, "link": link}
         return {**event_of, **parties, "key_ids": list(key_ids)}
+
+    def _tell(self, fields: Mapping[str, Any], text: str, *args: object) -> None:
+        """Log an event in the life of keys, with their IDs."""
+        ids = ", ".join(fields["key_ids"])
+        LOG.info(f"%s: {text}: %s", self.kme_id, *args, ids, extra={"fields": fields})
 
     async def _note_delivery(
         self, link: _Link, key_ids: Sequence[str], fields: Mapping[str, object]
@@ -554,22 +546,11 @@ class KeyManagementEntity:
         if not key_ids:
             return
         self._metrics.lost.labels(self.kme_id, link.target, reason).inc(len(key_ids))
-        LOG.info(
-            "%s: erased keys of the link to %s, %s: %s",
-            self.kme_id,
-            link.target,
-            reason,
-            ", ".join(key_ids),
-            extra={"fields": self._fields(reason, link.target, key_ids)},
-        )
-        self.log.log(
-            logging.WARNING,
-            "%s: %d keys of the link to %s are lost and erased: %s",
-            self.kme_id,
-            len(key_ids),
-            link.target,
-            LOST[reason],
-        )
+        fields = self._fields(reason, link.target, key_ids)
+        self._tell(fields, "erased keys of the link to %s, %s", link.target, reason)
+        text = "%s: %d keys of the link to %s are lost and erased: %s"
+        told = self.kme_id, len(key_ids), link.target, LOST[reason]
+        self.log.log(logging.WARNING, text, *told)
 
     async def _tell_void(self, link: _Link, key_ids: list[str]) -> None:
         if link.peer is not None and key_ids:
@@ -605,15 +586,7 @@ class KeyManagementEntity:
         fields = self._fields("collected", link.target, collected, master, [slave])
         await self._note_delivery(link, collected, fields)
         self._metrics.delivered.labels(self.kme_id, "slave", slave).inc(len(found))
-        LOG.info(
-            "%s: %s collected %d keys of %s: %s",
-            self.kme_id,
-            slave,
-            len(found),
-            master,
-            ", ".join(collected),
-            extra={"fields": fields},
-        )
+        self._tell(fields, "%s collected %d keys of %s", slave, len(found), master)
         return KeyContainer(
             keys=tuple(DeliveredKey(key_id=key_id, key=key) for key_id, key in found)
         )
@@ -632,13 +605,8 @@ class KeyManagementEntity:
 
     def _note_excess(self, link: _Link, reason: str, number: int) -> None:
         self._metrics.excess.labels(self.kme_id, link.target, reason).inc(number)
-        link.log.log(
-            logging.WARNING,
-            "%s: the KME %s sends more than it may: %s",
-            self.kme_id,
-            link.target,
-            EXCESS[reason],
-        )
+        text = "%s: the KME %s sends more than it may: %s"
+        link.log.log(logging.WARNING, text, self.kme_id, link.target, EXCESS[reason])
 
     async def peer_allots(self, peer: str, message: ExtKeys) -> None:
         """Promise keys to SAEs of ours. Raises ``BlocksRefused`` or ``ErrorResponse``."""
@@ -664,16 +632,9 @@ class KeyManagementEntity:
             peer_half=1 - link.half,
         )
         ids = [one.key_id for one in message.allotments]
-        LOG.info(
-            "%s: promised %d keys of the link to %s, which %s drew, to %s: %s",
-            self.kme_id,
-            len(ids),
-            peer,
-            message.master,
-            ", ".join(message.slaves),
-            ", ".join(ids),
-            extra={"fields": self._fields("promised", peer, ids, message.master, message.slaves)},
-        )
+        fields = self._fields("promised", peer, ids, message.master, message.slaves)
+        text = "promised %d keys of the link to %s, which %s drew, to %s"
+        self._tell(fields, text, len(ids), peer, message.master, ", ".join(message.slaves))
         link.note_gone(sum(len(one.blocks) for one in message.allotments))
 
     async def peer_voids(self, peer: str, key_ids: Sequence[str]) -> None:
@@ -774,14 +735,8 @@ class KeyManagementEntity:
         keys = [(item.key_id, item.key) for item in batch]
         await self._store.add(link.target, keys, shared=shared)
         ids = [item.key_id for item in batch]
-        LOG.info(
-            "%s: stored %d keys of the link to %s: %s",
-            self.kme_id,
-            len(ids),
-            link.target,
-            ", ".join(ids),
-            extra={"fields": self._fields("stored", link.target, ids)},
-        )
+        fields = self._fields("stored", link.target, ids)
+        self._tell(fields, "stored %d keys of the link to %s", len(ids), link.target)
 
     async def maintain(self, every: float = 10.0) -> None:
         """Erase old keys, reconcile with the other ends and count keys, forever."""

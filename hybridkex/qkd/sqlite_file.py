@@ -8,8 +8,6 @@ from typing import Final
 from hybridkex.errors import ConfigError
 from hybridkex.files import check_own, is_shared, make_private, read_file
 
-__all__ = ["FileInUse", "open_locked", "open_unlocked", "use_log"]
-
 LOCK_SECONDS: Final = 0.1
 """How long the lock is waited for: another process may look into the file for a moment."""
 

@@ -46,23 +46,6 @@ from hybridkex.files import create_file, read_file
 from hybridkex.machine import writing
 from hybridkex.secret import Secret
 
-__all__ = [
-    "Allotment",
-    "BlockState",
-    "BlocksRefused",
-    "KeyStore",
-    "Material",
-    "OutcomeUnknown",
-    "Position",
-    "Seal",
-    "SealRecord",
-    "half_of",
-    "new_key_file",
-    "place_of",
-    "read_key_file",
-    "write_key_file",
-]
-
 NONCE_BYTES: Final = 12
 SEAL_BYTES: Final = NONCE_BYTES + 16
 """By which a sealed key is longer than the key: its nonce and its tag."""

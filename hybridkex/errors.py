@@ -12,50 +12,6 @@ from hybridkex.constants import Alert
 from hybridkex.reasons import Reason
 from hybridkex.text import printable
 
-__all__ = [
-    "AlertReceived",
-    "BadRecordMac",
-    "BlockAborted",
-    "CertificateRejected",
-    "ConfigError",
-    "DecodeError",
-    "DecryptError",
-    "EncodeError",
-    "HandshakeFailure",
-    "HandshakeTimeout",
-    "HybridkexError",
-    "IllegalParameter",
-    "InternalError",
-    "KeyConsumed",
-    "KeyExpired",
-    "KeyNotYetAvailable",
-    "KeySourceError",
-    "KeySourceExhausted",
-    "KeySourceUnavailable",
-    "KeyUnauthorized",
-    "KeyUnknown",
-    "LedgerDry",
-    "LedgerLost",
-    "LinkAuthenticationError",
-    "LinkError",
-    "LocalStateError",
-    "MissingExtension",
-    "NoApplicationProtocol",
-    "PadExhausted",
-    "PeerError",
-    "PolicyRefused",
-    "ProtocolVersionError",
-    "ProviderMissing",
-    "RecordOverflow",
-    "RecordingError",
-    "TruncationError",
-    "UnexpectedMessage",
-    "UnknownPskIdentity",
-    "UnrecognizedName",
-    "UnsupportedCertificateType",
-    "UnsupportedExtension",
-]
-
 
 class HybridkexError(Exception):
     """The base class. The text of an error is safe to display, whatever it quotes."""
@@ -359,3 +315,10 @@ class LedgerLost(LinkError):
 
 class RecordingError(HybridkexError):
     """A capture file, or another file that an adversary works from, cannot be read."""
+
+
+__all__ = [
+    name
+    for name, one in list(vars().items())
+    if isinstance(one, type) and issubclass(one, HybridkexError)
+]

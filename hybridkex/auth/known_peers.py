@@ -13,8 +13,10 @@ nobody.
 
 import base64
 import binascii
+import contextlib
 import fcntl
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -200,20 +202,15 @@ def _entry_name(text: str) -> str:
     return name
 
 
-class _locked:
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
     """Only one process at a time changes the file; the lock is a file of its own, since the file
     itself is replaced."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path.with_name(f".{path.name}.lock")
-
-    def __enter__(self) -> None:
-        with writing(self._path):
-            self._file = open_private(self._path, append=True)
-            fcntl.flock(self._file, fcntl.LOCK_EX)
-
-    def __exit__(self, *exc: object) -> None:
-        self._file.close()
+    lock = path.with_name(f".{path.name}.lock")
+    with contextlib.ExitStack() as stack:
+        with writing(lock):
+            fcntl.flock(stack.enter_context(open_private(lock, append=True)), fcntl.LOCK_EX)
+        yield
 
 
 def _replace(path: Path, text: str) -> None:

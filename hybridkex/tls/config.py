@@ -267,7 +267,31 @@ class _Config:
     @cached_property
     def authentication(self) -> Authentication:
         """The server's method of authentication."""
+        if self.policy.authentication is not None:
+            return self.policy.authentication
+        if not self.has_psk:
+            return Authentication.CERTIFICATE
+        return Authentication.BOTH if self._has_certificates else Authentication.PSK
+
+    @property
+    def _has_certificates(self) -> bool:
+        """Whether the server can authenticate with a certificate."""
         raise NotImplementedError
+
+    def _check_authentication(self, proof: str) -> None:
+        """``proof``: what a server that authenticates with a certificate needs here."""
+        authentication = self.authentication
+        if authentication is not Authentication.CERTIFICATE and not self.has_psk:
+            raise ConfigError(f"authentication by {authentication.value} needs a PSK")
+        if authentication is not Authentication.PSK and not self._has_certificates:
+            raise ConfigError(f"authentication by {authentication.value} needs {proof}")
+
+    def _check_not_resumed(self, tickets: str) -> None:
+        if self.wants_fresh_keys:
+            raise ConfigError(
+                "a session that renews its keys is not resumed, since a stolen ticket would undo "
+                f"what the new keys give: leave out {tickets} or fresh_keys"
+            )
 
     @cached_property
     def policy_in_force(self) -> Policy:
@@ -427,17 +451,10 @@ class ClientConfig(_Config):
             self.identity.require_role(server=False)
         if self.verifier is None and not self.has_psk:
             object.__setattr__(self, "verifier", TrustStore.system())
-        if self.ticket_store is not None and self.wants_fresh_keys:
-            raise ConfigError(
-                "a session that renews its keys is not resumed, since a stolen ticket would undo "
-                "what the new keys give: leave out ticket_store or fresh_keys"
-            )
-        authentication = self.authentication
-        if authentication is not Authentication.CERTIFICATE and not self.has_psk:
-            raise ConfigError(f"authentication by {authentication.value} needs a PSK")
-        if authentication is not Authentication.PSK and self.verifier is None:
-            raise ConfigError(f"authentication by {authentication.value} needs a verifier")
-        if authentication is Authentication.PSK and self.verifier is not None:
+        if self.ticket_store is not None:
+            self._check_not_resumed("ticket_store")
+        self._check_authentication("a verifier")
+        if self.authentication is Authentication.PSK and self.verifier is not None:
             raise ConfigError(
                 "authentication by psk never asks the verifier: leave out the verifier, or have "
                 "the server show a certificate with Policy(authentication=Authentication.BOTH)"
@@ -473,10 +490,9 @@ class ClientConfig(_Config):
         shares = self.key_shares
         return self.group_list[:shares] if isinstance(shares, int) else shares
 
-    @cached_property
-    def authentication(self) -> Authentication:
-        """The server's method of authentication."""
-        return self.policy.authentication or _derive(bool(self.verifier), self.has_psk)
+    @property
+    def _has_certificates(self) -> bool:
+        return self.verifier is not None
 
 
 class _Unsaid(TicketIssuer):
@@ -521,18 +537,12 @@ class ServerConfig(_Config):
         if isinstance(self.tickets, _Unsaid):
             tickets = None if self.wants_fresh_keys else TicketIssuer()
             object.__setattr__(self, "tickets", tickets)
-        elif self.tickets is not None and self.wants_fresh_keys:
-            raise ConfigError(
-                "a session that renews its keys is not resumed, since a stolen ticket would undo "
-                "what the new keys give: leave out tickets or fresh_keys"
-            )
+        elif self.tickets is not None:
+            self._check_not_resumed("tickets")
         if not self.identities and not self.has_psk:
             raise ConfigError("a server needs an identity (certificate and key) or a PSK")
         authentication = self.authentication
-        if authentication is not Authentication.CERTIFICATE and not self.has_psk:
-            raise ConfigError(f"authentication by {authentication.value} needs a PSK")
-        if authentication is not Authentication.PSK and not self.identities:
-            raise ConfigError(f"authentication by {authentication.value} needs an identity")
+        self._check_authentication("an identity")
         if self.require_client_certificate and self.client_verifier is None:
             raise ConfigError("require_client_certificate needs a client_verifier")
         if authentication is Authentication.PSK and self.client_verifier is not None:
@@ -554,10 +564,9 @@ class ServerConfig(_Config):
     def _bound_to(self) -> list[bytes]:
         return [bytes((self.require_client_certificate,)), *super()._bound_to()]
 
-    @cached_property
-    def authentication(self) -> Authentication:
-        """Our method of authentication."""
-        return self.policy.authentication or _derive(bool(self.identities), self.has_psk)
+    @property
+    def _has_certificates(self) -> bool:
+        return bool(self.identities)
 
 
 def check_config(config: object, *kinds: type["ClientConfig | ServerConfig"]) -> None:
@@ -571,9 +580,3 @@ def check_config(config: object, *kinds: type["ClientConfig | ServerConfig"]) ->
             f"a connection is made with a {' or a '.join(kind.__name__ for kind in kinds)}, "
             f"not {described(config)}"
         )
-
-
-def _derive(certificate: bool, psk: bool) -> Authentication:
-    if certificate and psk:
-        return Authentication.BOTH
-    return Authentication.PSK if psk else Authentication.CERTIFICATE

@@ -10,7 +10,6 @@ import os
 import secrets
 import stat
 from collections.abc import Iterable, Iterator
-from types import TracebackType
 from typing import Final, TypeVar
 
 from hybridkex.apps.transfer.names import PARTIAL
@@ -78,12 +77,7 @@ class Handles:
     def __enter__(self) -> "Handles":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._close()
 
     def _close(self) -> None:

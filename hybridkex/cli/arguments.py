@@ -159,7 +159,6 @@ def _own_first(options: type) -> Iterable[str]:
 
 
 def _of_argument(kind: Any, settings: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of ``add_argument`` for a positional argument."""
     kind, optional = _without_none(kind)
     if get_origin(kind) is list:
         return {"nargs": "+", **_PARSED.get(get_args(kind)[0], {}), **settings}

@@ -33,7 +33,6 @@ class Parser(argparse.ArgumentParser):
 
 
 def command_parser(name: str) -> argparse.ArgumentParser:
-    """The parser for one command's arguments."""
     parser = Parser(prog=f"hybridkex {name}", description=COMMANDS[name])
     importlib.import_module(f"hybridkex.cli.{name.replace('-', '_')}").COMMAND.configure(parser)
     return parser

@@ -20,7 +20,6 @@ def checked_port(port: int) -> int:
 
 
 def cannot_connect(where: object, error: Exception) -> ChannelFailed:
-    """The error to raise when there is no connection."""
     return ChannelFailed(f"cannot connect to {where}: {no_connection(error)}")
 
 

@@ -37,8 +37,6 @@ class ProcessOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TunnelOptions:
-    """The options of both ends of a tunnel."""
-
     local: str
     name: str | None = option("the tunnel's name in logs and metrics (default: its address)")
     max_connections: int = option("most connections at once (default: %(default)s)", default=256)

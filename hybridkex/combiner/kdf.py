@@ -52,7 +52,6 @@ def _require_length(length: int, function: HashFunction, extra: int = 0) -> None
 
 
 def _sequence(values: object, kind: type[Any], what: str) -> tuple[Any, ...]:
-    """The values as a tuple, each of its type."""
     if isinstance(values, str | bytes) or not isinstance(values, Sequence):
         raise ConfigError(f"{what} must be a sequence of {kind.__name__}")
     for value in values:

@@ -128,7 +128,6 @@ class OqsKem:
                 ) from None
 
     def key_pair(self) -> tuple[bytes, Secret]:
-        """A public key and its private key."""
         with self._new(self.name) as kem:
             public: Any = kem.generate_keypair()
             return public, Secret(kem.export_secret_key())

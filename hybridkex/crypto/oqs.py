@@ -95,8 +95,6 @@ def load() -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class OqsStatus:
-    """The installation of liboqs on this machine."""
-
     location: str | None
     """The native library that was found: a path, or a name that the linker knows."""
     library_version: str | None

@@ -21,8 +21,6 @@ class PemError(ValueError):
 
 @dataclass(frozen=True)
 class PemBlock:
-    """One block of a PEM file."""
-
     label: str
     text: bytes
     """The text between its first and its last line."""

@@ -491,7 +491,6 @@ class _Settings:
         return made
 
     def resize(self) -> None:
-        """Resize the budgets to those of the configuration."""
         self.of_saes.total = self.config.max_connections
         self.of_saes.each = self.config.max_sae_connections
         self.of_peers.total = self.config.max_peer_connections
@@ -563,8 +562,6 @@ def _fixed(old: KmeConfig, new: KmeConfig) -> Iterator[tuple[str, object, object
 
 @dataclass(frozen=True, kw_only=True)
 class _Port:
-    """Listening sockets and the supervisor of their connections."""
-
     listeners: list[trio.SocketListener]
     supervisor: Supervisor[trio.SocketStream]
 

@@ -823,11 +823,9 @@ class PostgresKeyStore(KeyStore):
         await checkpoint()
 
     def close(self) -> None:
-        """Close the connections while no call is under way."""
         self._pool.close()
 
     async def aclose(self) -> None:
-        """Close the connections; a call in progress ends first."""
         await in_thread(self._pool.close)
 
 

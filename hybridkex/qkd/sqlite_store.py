@@ -467,11 +467,9 @@ class SqliteKeyStore(KeyStore):
             self._unscrubbed, self._stale = False, True
 
     def close(self) -> None:
-        """Close the database while no call is under way."""
         self._db.close()
 
     async def aclose(self) -> None:
-        """Close the database after the calls in progress."""
         await shielded(self._close)
 
     async def _close(self) -> None:

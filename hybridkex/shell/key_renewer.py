@@ -150,7 +150,6 @@ class KeyRenewer:
     # --- what the shell tells -----------------------------------------------------------------
 
     def saw(self, event: EngineEvent) -> None:
-        """Take notice of an event of the engine."""
         match event:
             case ApplicationData(data):
                 self._count(len(data))
@@ -332,7 +331,6 @@ class KeyRenewer:
             await self._missed()
 
     async def _missed(self) -> None:
-        """No update was completed before its deadline."""
         obstacle = self._timer.missed()
         if self._under_way:
             obstacle = "the peer has not answered, or our program does not receive its answer"

@@ -228,7 +228,6 @@ class SecureDuplex:
             )
 
     async def _advance(self) -> None:
-        """Process the bytes that have come."""
         connection = self._connection
         while not connection.handshake_complete:
             event = connection.next_event()

@@ -643,8 +643,6 @@ class WaitCertificateOrRequest(ClientState):
 
 @value
 class WaitCertificate(ClientState):
-    """The state before the server's Certificate."""
-
     handshake: _Handshake
     verifier: AnyServerVerifier
     requested: tuple[int, ...] | None

@@ -85,7 +85,6 @@ class WriteProtection:
         self._update_at = self._last // 2
 
     def updated(self) -> "WriteProtection":
-        """The protection under the next traffic secret."""
         return WriteProtection(self.traffic.updated(), self.padding)
 
     def seal(self, type_: int, content: memoryview, limit: int) -> bytes | bytearray:
@@ -180,7 +179,6 @@ class ReadProtection:
         return self._sequence
 
     def updated(self) -> "ReadProtection":
-        """The protection under the next traffic secret."""
         return ReadProtection(self.traffic.updated(), self.limit)
 
     def open(self, record: Record, out: memoryview) -> int:

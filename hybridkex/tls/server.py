@@ -67,8 +67,6 @@ def start(config: ServerConfig, records: RecordLayer) -> ServerState:
 
 @value
 class WaitClientHello(ServerState):
-    """The state before the first ClientHello."""
-
     config: ServerConfig
 
     def handle(

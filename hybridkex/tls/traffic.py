@@ -132,7 +132,6 @@ class _Traffic:
     def _extended(
         self, updates: Updates, message: Message, raw: bytes, records: RecordLayer
     ) -> None:
-        """A message where Extended Key Update is negotiated."""
         if isinstance(message, KeyUpdate):
             raise UnexpectedMessage(
                 "KeyUpdate where Extended Key Update is negotiated", Reason.STANDARD_KEY_UPDATE

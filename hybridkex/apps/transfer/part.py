@@ -90,7 +90,6 @@ def hash_prefix(file: int, length: int) -> "_Hash":
 
 
 def partial_path(path: tuple[str, ...]) -> tuple[str, ...]:
-    """The incomplete file of this path."""
     # A digest, since a name with a suffix may be too long.
     text = "/".join(path).encode("utf-8", "surrogateescape")
     return PARTIAL, hashlib.sha256(text).hexdigest()[:32]
@@ -200,8 +199,6 @@ def _prepare(file: int, parent: int, offer: Offer, prefix: Prefix | None) -> Non
 
 
 class PartFile:
-    """An incomplete file that is being written."""
-
     def __init__(self, offer: Offer, file: int, digest: "_Hash", offset: int) -> None:
         self.offer: Final = offer
         self.size = offset

@@ -182,7 +182,6 @@ class _Transfer:
 
     @property
     def settled(self) -> int:
-        """The number of items with an outcome."""
         return self.outcome.stored + self.outcome.already + len(self.outcome.failed)
 
     async def take(self) -> dict[int, Item]:

@@ -46,7 +46,6 @@ class TunnelMetrics:
         )
 
     def of(self, tunnel: str) -> "TunnelCounters":
-        """The counters of one tunnel, exported from now on."""
         return TunnelCounters(self, tunnel)
 
 

@@ -91,7 +91,6 @@ class RotationPolicy:
 
     @property
     def random_at_start(self) -> bool:
-        """Whether to install a random key at the start."""
         if self.initial is None:
             return self.fresh_psk is Requirement.REQUIRE
         return self.initial == "random"

@@ -76,7 +76,6 @@ def _folder(keep: Path | None) -> Iterator[Path]:
 
 
 def _watched(console: Console, folder: Path) -> Trial:
-    """Run the trial and show its progress."""
     with Progress(
         SpinnerColumn(),
         TextColumn("{task.description:<58}", markup=False),

@@ -191,7 +191,6 @@ def _one_connector(options: OneConnector) -> TunnelSettings:
 
 
 def run_file(options: FileOptions) -> int:
-    """Run the tunnels of a file, or check it."""
     load = partial(load_file, options.file)
     if not options.check:
         return _run(load)

@@ -44,7 +44,6 @@ class Configuration:
 
     @property
     def primitives(self) -> frozenset[str]:
-        """The primitives to break for the key exchange's secret."""
         return frozenset(
             ECDH if part.properties is Property.CLASSICAL else ML_KEM
             for part in self.group.exchange.parts
@@ -147,7 +146,6 @@ class Adversary:
 
     @property
     def knows_qkd_key(self) -> bool:
-        """Whether it learns the QKD keys of the sessions."""
         if self.steals_key_store == "before":
             return True
         guards = _GUARDS.get(self.delivery)

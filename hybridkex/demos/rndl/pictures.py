@@ -17,7 +17,6 @@ _MARKS: Final = {"known": "known", "missing": "MISSING", "sealed": "out of reach
 
 
 def standalone(svg: str) -> str:
-    """A picture as a file of its own."""
     return svg.replace(">", f"><style>{STYLE}</style>", 1)
 
 

@@ -202,7 +202,6 @@ async def _attack(
     tell: Tell,
     decided: Callable[[Cell], None],
 ) -> None:
-    """Run some adversaries, one after the other."""
     adversary_of = {one.id: one for one in adversaries}
     configuration_of = {one.id: one for one in CONFIGURATIONS}
 

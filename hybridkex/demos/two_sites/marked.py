@@ -18,7 +18,6 @@ _CHUNK: Final = _BLOCK - MARKER_BYTES
 
 
 def new_marker() -> bytes:
-    """A random marker, for one run."""
     return secrets.token_bytes(MARKER_BYTES)
 
 

@@ -100,7 +100,6 @@ class Demonstration:
             yield dict(zip(_SITES, urls, strict=True))
 
     def _options(self, who: str, peer: str, url: str) -> list[str]:
-        """A party's options for ``listen`` or ``connect``."""
         words = ["--kme", url, "--kme-tls", "hybridkex", "--sae", who, "--peer-sae", peer]
         for option in ("ca", "cert", "key"):
             words += [f"--{option}", str(self.folder / who / f"{option}.pem")]

@@ -60,7 +60,6 @@ def _in_a_copy(folder: Path) -> int:
 
 
 def main() -> int:
-    """Attack the folders that the command line names."""
     folders = [Path(name) for name in sys.argv[1:]]
     if not folders or not all(folder.is_dir() for folder in folders):
         print("usage: python -m hybridkex.demos.rndl.later FOLDER ...", file=sys.stderr)

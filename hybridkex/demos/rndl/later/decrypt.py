@@ -96,7 +96,6 @@ class Verdict:
 
     @property
     def resumed(self) -> bool:
-        """Whether the connection resumes another one with a ticket."""
         return any(leg.kind == "ticket" for leg in self.legs)
 
     def as_json(self) -> dict[str, object]:

@@ -110,7 +110,6 @@ class Knowledge:
         return None
 
     def ticket(self, identity: bytes) -> Known | None:
-        """The PSK behind a session ticket."""
         found = self.tickets.get(identity)
         if found is not None:
             return found

@@ -72,7 +72,6 @@ class Stage:
         shutil.copy(folder / "server/key.pem", folder / "stolen/certificate/server.pem")
 
     def sites(self, delivery: Delivery) -> Sites:
-        """The KMEs for this kind of delivery."""
         return Sites(
             self.folder / f"sites-{delivery.value}",
             self.folder / "stolen" / delivery.value,

@@ -6,6 +6,7 @@ that writes a file, takes its messages from here.
 
 import errno
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
@@ -149,3 +150,15 @@ def _said(error: OSError) -> str:
     reason = error.strerror or str(error) or type(error).__name__
     advice = _ADVICE.get(error.errno or 0)
     return f"{reason}; {advice}" if advice else reason
+
+
+@contextmanager
+def hangup_mask(how: int) -> Iterator[None]:
+    """Block or unblock (``how``: ``SIG_BLOCK``, ``SIG_UNBLOCK``) SIGHUP, which ends a process that
+    has no handler yet, or none any more; one that is still pending at the end is dropped."""
+    before = signal.pthread_sigmask(how, [signal.SIGHUP])
+    try:
+        yield
+    finally:
+        signal.sigtimedwait([signal.SIGHUP], 0)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

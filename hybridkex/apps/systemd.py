@@ -10,18 +10,16 @@ from typing import Final
 
 import trio
 
+from hybridkex.machine import hangup_mask
+
 SIGNALS: Final = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
 def open_signals() -> Iterator[AsyncIterator[int]]:
     """The signals for :func:`obey`, and a SIGHUP that has been blocked since the command began."""
-    with trio.open_signal_receiver(*SIGNALS) as received:
-        before = signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGHUP])
-        try:
-            yield received
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    with trio.open_signal_receiver(*SIGNALS) as received, hangup_mask(signal.SIG_UNBLOCK):
+        yield received
 
 
 async def obey(

@@ -21,6 +21,7 @@ from typing import Any, Final, TypeVar, cast, get_args, get_origin, get_type_hin
 from hybridkex.cli.help_text import HelpFormatter, below_options, paragraphs
 from hybridkex.cli.values import comma_list, file_path, number, whole_number
 from hybridkex.errors import ConfigError
+from hybridkex.machine import hangup_mask
 
 T = TypeVar("T")
 
@@ -228,7 +229,7 @@ class Action:
             ConfigError: a package of an extra is missing; the message names the extra.
         """
         options: object = from_namespace(self.options, namespace)
-        with _hangup_blocked() if self.reloads else nullcontext():
+        with hangup_mask(signal.SIG_BLOCK) if self.reloads else nullcontext():
             run = self._load()
             try:
                 return run(options)
@@ -251,17 +252,6 @@ class Action:
             f"this command needs the package {missing.name.partition('.')[0]}, which is not "
             f"installed: pip install 'hybridkex[{self.extra}]'"
         )
-
-
-@contextmanager
-def _hangup_blocked() -> Iterator[None]:
-    """Keep SIGHUP from ending the process; the command unblocks it when it has a handler."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
-    try:
-        yield
-    finally:
-        signal.sigtimedwait([signal.SIGHUP], 0)  # it came too early, or too late
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

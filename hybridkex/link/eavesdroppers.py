@@ -24,7 +24,7 @@ class NoEve:
     channel: Channel
 
     def yields(self, photons: Photons) -> NDArray[np.float64]:
-        return self.channel.yields(photons)
+        return np.asarray(1.0 - (1.0 - self.efficiency) ** photons, dtype=np.float64)
 
     @property
     def signal_error(self) -> float:
@@ -57,9 +57,6 @@ class BeamSplitting(NoEve):
     """Eve takes a share of the light out of the fibre, and Bob receives less."""
 
     share: float
-
-    def yields(self, photons: Photons) -> NDArray[np.float64]:
-        return np.asarray(1.0 - (1.0 - self.efficiency) ** photons, dtype=np.float64)
 
     @property
     def efficiency(self) -> float:

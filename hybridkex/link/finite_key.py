@@ -19,7 +19,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Final, Protocol
+from typing import ClassVar, Final, Protocol, TypeAlias
 
 from hybridkex.errors import ConfigError
 from hybridkex.link.entropy import binary_entropy
@@ -29,6 +29,7 @@ from hybridkex.link.statistics import mean_lower, mean_upper, trials_upper, unse
 
 ROUNDING: Final = 1.0 + 1e-9
 """The factor by which rounded expected errors may exceed detections, if all bits are wrong."""
+_Numbers: TypeAlias = Sequence[float]
 FINITE_KEY: Final = ("tight", "published")
 """Kinds of statistics, by name; the first is the default."""
 
@@ -47,11 +48,6 @@ class Security:
         check_ranges(self, secrecy=(1e-100, 1.0), correctness=(1e-100, 1.0))
         if not 0.0 < self.secrecy < 1.0 or not 0.0 < self.correctness < 1.0:
             raise ConfigError("secrecy and correctness must lie between 0 and 1")
-
-    @property
-    def verification_bits(self) -> int:
-        """Bits of the hash that both sides compare: ``ceil(log2(1 / eps_cor))``."""
-        return math.ceil(-math.log2(self.correctness))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,35 +302,6 @@ def _photon_number_probability(transmitter: Transmitter, photons: int) -> float:
     )
 
 
-def _assemble(
-    statistics: Statistics,
-    *,
-    security: Security,
-    detections: float,
-    leak: float,
-    vacuum: float,
-    single: float,
-    single_test: float,
-    single_test_errors: float,
-) -> SecretLength:
-    """The secret length that follows from the estimates."""
-    phase_error = 0.5
-    if single > 0.0 and single_test > 0.0:
-        phase_error = statistics.phase_error(single_test_errors, single_test, single, security)
-    secret = max(0.0, single) * (1.0 - binary_entropy(phase_error))
-    # Counts that no laser makes can bound more single photons than there were detections.
-    real = statistics.length(vacuum, min(secret, detections - vacuum), security) - leak
-    return SecretLength(
-        vacuum=vacuum,
-        single=single,
-        single_test=single_test,
-        single_test_errors=single_test_errors,
-        phase_error=phase_error,
-        leak=leak,
-        real=real,
-    )
-
-
 @dataclass(frozen=True)
 class _DecoyProof:
     """The common part of the two decoy proofs: the bounded counts and the length from them."""
@@ -364,23 +331,25 @@ class _DecoyProof:
         brighter, dimmer = self.signal, self.signal + 1
         difference = source.intensities[brighter] - source.intensities[dimmer]
         tau_1 = _photon_number_probability(source, 1)
-        return _assemble(
-            self.statistics,
-            security=security,
-            detections=sum(counts.key),
-            leak=leak,
+        errors = tau_1 * (wrong.upper(brighter) - wrong.lower(dimmer)) / difference
+        phase_error = 0.5
+        if single > 0.0 and single_test > 0.0:
+            phase_error = self.statistics.phase_error(errors, single_test, single, security)
+        secret = max(0.0, single) * (1.0 - binary_entropy(phase_error))
+        # Counts that no laser makes can bound more single photons than there were detections.
+        secret = min(secret, sum(counts.key) - vacuum)
+        return SecretLength(
             vacuum=vacuum,
             single=single,
             single_test=single_test,
-            single_test_errors=tau_1 * (wrong.upper(brighter) - wrong.lower(dimmer)) / difference,
+            single_test_errors=errors,
+            phase_error=phase_error,
+            leak=leak,
+            real=self.statistics.length(vacuum, secret, security) - leak,
         )
 
     def _photons(
-        self,
-        transmitter: Transmitter,
-        counts: Sequence[float],
-        errors: Sequence[float],
-        security: Security,
+        self, source: Transmitter, counts: _Numbers, errors: _Numbers, security: Security
     ) -> tuple[float, float]:
         """Lower bounds on the vacuum and single-photon detections of one basis."""
         raise NotImplementedError
@@ -395,17 +364,12 @@ class TwoDecoys(_DecoyProof):
     signal: ClassVar[int] = 1
 
     def _photons(
-        self,
-        transmitter: Transmitter,
-        counts: Sequence[float],
-        errors: Sequence[float],
-        security: Security,
+        self, source: Transmitter, counts: _Numbers, errors: _Numbers, security: Security
     ) -> tuple[float, float]:
         """s_0 (eq. 2) and s_1 (eq. 3)."""
-        mu_1, mu_2, mu_3 = transmitter.intensities
-        tau_0 = _photon_number_probability(transmitter, 0)
-        tau_1 = _photon_number_probability(transmitter, 1)
-        n = self.statistics.expectations(transmitter, counts, security)
+        mu_1, mu_2, mu_3 = source.intensities
+        tau_0, tau_1 = (_photon_number_probability(source, n) for n in (0, 1))
+        n = self.statistics.expectations(source, counts, security)
         vacuum = max(0.0, tau_0 * (mu_2 * n.lower(2) - mu_3 * n.upper(1)) / (mu_2 - mu_3))
         ratio = (mu_2**2 - mu_3**2) / mu_1**2
         inner = n.lower(1) - n.upper(2) - ratio * (n.upper(0) - vacuum / tau_0)
@@ -422,18 +386,13 @@ class OneDecoy(_DecoyProof):
     signal: ClassVar[int] = 0
 
     def _photons(
-        self,
-        transmitter: Transmitter,
-        counts: Sequence[float],
-        errors: Sequence[float],
-        security: Security,
+        self, source: Transmitter, counts: _Numbers, errors: _Numbers, security: Security
     ) -> tuple[float, float]:
         """s_0 (eq. 2) and s_1 (eq. 3), the upper bound on s_0 by eq. 5."""
-        mu_1, mu_2 = transmitter.intensities
-        tau_0 = _photon_number_probability(transmitter, 0)
-        tau_1 = _photon_number_probability(transmitter, 1)
-        n = self.statistics.expectations(transmitter, counts, security)
-        wrong = self.statistics.expectations(transmitter, errors, security)
+        mu_1, mu_2 = source.intensities
+        tau_0, tau_1 = (_photon_number_probability(source, n) for n in (0, 1))
+        n = self.statistics.expectations(source, counts, security)
+        wrong = self.statistics.expectations(source, errors, security)
         dim, bright = n.lower(1), n.upper(0)
         vacuum = max(0.0, tau_0 * (mu_1 * dim - mu_2 * bright) / (mu_1 - mu_2))
         # An empty pulse shows a wrong bit half of the time, whatever its intensity was meant to be.

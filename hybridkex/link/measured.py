@@ -339,28 +339,24 @@ def _part(given: Any, name: str, kind: type[Any]) -> Any:
         raise ConfigError(f"the settings have no object {name!r}")
     known = {one.name: one for one in fields(kind)}
     if unknown := set(given) - set(known):
-        raise ConfigError(
-            f"the settings have unknown names in {name!r}: {', '.join(sorted(unknown))}; use "
-            f"{', '.join(known)}"
-        )
+        raise ConfigError(f"{name!r} has unknown names: {', '.join(sorted(unknown))}")
     needed = {one for one in known if known[one].default is MISSING}
     if missing := needed - set(given):
         raise ConfigError(f"the settings lack in {name!r}: {', '.join(sorted(missing))}")
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
 
 
-def _source(given: Any) -> Transmitter | PairSource:
+def _source(given: Any) -> Any:
     """The source, of the kind whose settings these are. Raises ``ConfigError``."""
-    kinds = (Transmitter, PairSource)
-    laser, pairs = ({one.name for one in fields(kind)} for kind in kinds)
-    named = set(given) if isinstance(given, dict) else set()
-    of_laser, of_pairs = sorted(named & laser - pairs), sorted(named & pairs - laser)
+    laser, pairs = ({one.name for one in fields(kind)} for kind in (Transmitter, PairSource))
+    names = set(given) if isinstance(given, dict) else set()
+    of_laser, of_pairs = (", ".join(sorted(names & one)) for one in (laser - pairs, pairs - laser))
     if of_laser and of_pairs:
         raise ConfigError(
-            f"'source' has settings of laser pulses ({', '.join(of_laser)}) and of pairs "
-            f"({', '.join(of_pairs)}): leave out those of one of them"
+            f"'source' has settings of laser pulses ({of_laser}) and of pairs ({of_pairs}): leave "
+            "out those of one of them"
         )
-    return _part(given, "source", kinds[bool(of_pairs)])  # type: ignore[no-any-return]
+    return _part(given, "source", PairSource if of_pairs else Transmitter)
 
 
 def _preset(text: str, name: str) -> Preset:
@@ -390,14 +386,10 @@ def write_measured(path: Path | str, measured: Measured, preset: Preset) -> None
     Raises ``ConfigError`` and ``OSError``.
     """
     path = Path(path)
-    kind = _kind(path)
+    kind = file_kind(path, "detections", SUFFIXES)
     instance("preset", preset, Preset)
     instance("measured", measured, Measured)
-    arrays = {
-        one: getattr(measured, one)
-        for one in ("pulse", "basis", "bit", "intensity")
-        if getattr(measured, one) is not None
-    }
+    arrays = {one: array for one in ARRAYS if (array := getattr(measured, one)) is not None}
     content = io.BytesIO()
     if kind == ".npz":
         np.savez_compressed(content, **arrays, settings=np.array(_described(preset)))
@@ -412,7 +404,7 @@ def write_measured(path: Path | str, measured: Measured, preset: Preset) -> None
 def read_measured(path: Path | str) -> tuple[Measured, Preset]:
     """Detections of one party, and the settings of their link. Raises ``ConfigError``."""
     path = Path(path)
-    kind = _kind(path)
+    kind = file_kind(path, "detections", SUFFIXES)
     content = io.BytesIO(read_file(path, limit=16 * MOST_DETECTIONS, pipe=False))
     read = _read_npz if kind == ".npz" else _read_parquet
     try:
@@ -537,10 +529,6 @@ def _column(path: Path, table: Any, name: str) -> NDArray[Any]:
         raise ConfigError(f"{path}: {name} has rows without a value; leave these rows out")
     found: NDArray[Any] = column.to_numpy()
     return found
-
-
-def _kind(path: Path) -> str:
-    return file_kind(path, "detections", SUFFIXES)
 
 
 def _pyarrow() -> tuple[type[Exception], Any, Any]:

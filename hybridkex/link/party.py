@@ -23,8 +23,8 @@ party, which covers both HELLOs, confirms it; until then nothing is dropped from
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Final, Generic, TypeVar
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Final, Generic, TypeVar
 from uuid import UUID
 
 import numpy as np
@@ -138,6 +138,13 @@ class Block:
     def rate(self) -> float | None:
         """Secret bits per second of the link's time; ``None`` where that is unknown."""
         return None if self.seconds is None else self.secret_bits / self.seconds
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """All of it for JSON, with the number of the keys in their place."""
+        found = {**asdict(replace(self, keys=())), "keys": len(self.keys)}
+        found["epsilon"]["total"] = self.epsilon.total
+        return found if self.keys else {**found, "aborted": self.too_short}
 
 
 def cause(errors: Iterable[LinkError]) -> LinkError:

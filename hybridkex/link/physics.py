@@ -110,23 +110,24 @@ class Channel:
         """D_k: a signal or a dark count, for a signal probability such as ``1 - exp(-eta k)``."""
         return 1.0 - (1.0 - self.background) * (1.0 - signal)
 
-    def gain(self, mean_photons: float) -> float:
-        """R_k = D_k (1 + p_ap): the probability of a detection.
+    def seen(self, signal: float, signal_error: float) -> tuple[float, float]:
+        """The probabilities of a detection, R_k = D_k (1 + p_ap), and of one with a wrong bit, e_k.
 
-        An after-pulse counts in the gate that caused it, as in the paper.
+        An after-pulse counts in the gate that caused it, as in the paper. ``signal_error``: see
+        :class:`Light`.
         """
-        signal = -math.expm1(-self.eta * mean_photons)
-        return min(1.0, self.click(signal) * (1.0 + self.afterpulse_probability))
+        click, after = self.click(signal), self.afterpulse_probability
+        gain = min(1.0, click * (1.0 + after))
+        wrong = self.dark_count_probability + signal_error * signal + after * click / 2.0
+        return gain, min(gain, wrong)  # where nearly every bit is wrong, the sum counts some twice
+
+    def gain(self, mean_photons: float) -> float:
+        """R_k of a pulse over the fibre."""
+        return self.seen(-math.expm1(-self.eta * mean_photons), self.misalignment)[0]
 
     def error(self, mean_photons: float) -> float:
-        """e_k: the probability of a detection that shows the wrong bit (not divided by R_k)."""
-        signal = -math.expm1(-self.eta * mean_photons)
-        return min(
-            self.gain(mean_photons),  # where nearly every bit is wrong, the sum counts some twice
-            self.dark_count_probability
-            + self.misalignment * signal
-            + self.afterpulse_probability * self.click(signal) / 2.0,
-        )
+        """e_k of a pulse over the fibre (not divided by R_k)."""
+        return self.seen(-math.expm1(-self.eta * mean_photons), self.misalignment)[1]
 
     @property
     def dead_pulses(self) -> int:
@@ -211,18 +212,9 @@ class Transmitter:
         """See :class:`Source`."""
         if light is None:
             return [(channel.gain(k), channel.error(k)) for k in self.intensities]
-        found = []
-        for mean_photons in self.intensities:
-            signal = gain_from_yields(light, mean_photons)
-            click = channel.click(signal)
-            wrong = (
-                channel.dark_count_probability
-                + light.signal_error * signal
-                + channel.afterpulse_probability * click / 2.0
-            )
-            gain = min(1.0, click * (1.0 + channel.afterpulse_probability))
-            found.append((gain, min(gain, wrong)))
-        return found
+        return [
+            channel.seen(gain_from_yields(light, k), light.signal_error) for k in self.intensities
+        ]
 
     def mean_gain(self, channel: Channel) -> float:
         """See :class:`Source`."""

@@ -3,8 +3,9 @@
 import io
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 import matplotlib as mpl
 import numpy as np
@@ -13,10 +14,8 @@ from matplotlib.figure import Figure
 from hybridkex.errors import ConfigError
 from hybridkex.files import PUBLIC, write_file
 from hybridkex.link import asymptotic
-from hybridkex.link.entropy import binary_entropy
-from hybridkex.link.finite_key import expected_counts, proof_for
-from hybridkex.link.optimise import BLOCK_BITS, CURVE_KM, rates
-from hybridkex.link.physics import Channel
+from hybridkex.link.finite_key import expected_counts
+from hybridkex.link.optimise import BLOCK_BITS, CURVE_KM, expected_length, rates
 from hybridkex.link.presets import Preset, preset
 from hybridkex.link.quantum import sample
 from hybridkex.link.randomness import Randomness
@@ -65,15 +64,6 @@ STYLES: Final = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
 MOST_SIZES: Final = 10
 MOST_CURVES: Final = MOST_SIZES * len(STYLES)
 """More cannot be told apart by colours and styles."""
-OF_LOSS: Final = ("distance_km", "attenuation_db_per_km")
-"""The settings that ``loss_db`` follows."""
-LONG_LABEL: Final = 36
-"""Characters of a label of which two fit beside each other."""
-LEGEND_ROWS: Final = 8
-"""Rows of a legend for which a figure of the usual height has room."""
-
-_Place: TypeAlias = tuple[float, float | None, float | None]
-"""Where a point is along its curve, and its coordinates; ``None`` is a gap."""
 
 
 def _figure() -> tuple[Figure, Any]:
@@ -89,11 +79,10 @@ def _finish(figure: Figure, axes: Any) -> tuple[Figure, Any]:
     axes.yaxis.label.set_size(12)
     _, labels = axes.get_legend_handles_labels()
     if labels:
-        # Below the axes, where it hides nothing and nothing cuts it off.
-        columns = 2 if max(map(len, labels)) <= LONG_LABEL else 1
+        # Below the axes, where it hides nothing and is whole. More than 8 rows need more room.
+        columns = 2 if max(map(len, labels)) <= 36 else 1
         figure.legend(loc="outside lower center", ncols=columns, fontsize=10, frameon=False)
-        more = len(labels) / columns - LEGEND_ROWS
-        figure.set_figheight(figure.get_figheight() + 0.22 * max(0.0, more))
+        figure.set_figheight(4.2 + 0.22 * max(0.0, len(labels) / columns - 8))
     return figure, axes
 
 
@@ -118,15 +107,12 @@ def plot_scan(
     by: Sequence[str] = (),
 ) -> tuple[Figure, Any]:
     """Draw one column of a scan over another: one curve for each combination of the columns ``by``
-    and of all settings that vary.
+    and of all settings that vary. Returns the figure and its axes, to change or to save.
 
-    If ``x`` is a result, such as ``loss_db``, a curve follows the setting with the most values.
-    Where a rate is zero or a value is not known, a curve ends or has a gap. Rows with an error are
-    left out. Points are not connected where a curve has several at one place.
-
-    Returns the figure and its axes, to change or to save. Raises ``ConfigError`` for a column that
-    the scan does not have, for one with anything but finite numbers, for more than
-    :data:`MOST_CURVES`, and where no point is left.
+    If ``x`` is a result, such as ``qber``, a curve follows the setting with the most values. It has
+    a gap where a rate is zero or a value is not known, and no line if it has several points at one
+    place. Rows with an error are left out. Raises ``ConfigError`` for a column that is not there or
+    has anything but finite numbers, for more than :data:`MOST_CURVES`, and if no point is left.
     """
     rows, by = records("rows", rows), listed("by", by)
     known = list(dict.fromkeys(str(name) for row in rows for name in row))
@@ -142,11 +128,14 @@ def plot_scan(
     varied = [name for name, found in values.items() if len(found) > 1 and name not in by]
     along = next((name for name in (x, y) if name not in COLUMNS), "") or max(
         (name for name in varied if all(type(value) in (int, float) for value in values[name])),
-        key=lambda name: (x == "loss_db" and name in OF_LOSS, len(values[name])),
+        key=lambda name: (
+            x == "loss_db" and name in ("distance_km", "attenuation_db_per_km"),
+            len(values[name]),
+        ),
         default=x,
     )
     apart = [*by, *(name for name in varied if name not in (x, y, along))]
-    curves: dict[tuple[Any, ...], list[_Place]] = {}
+    curves: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}
     for row in rows:
         curve = curves.setdefault(tuple(_plain(row.get(name)) for name in apart), [])
         at, across, up = (_coordinate(row, name) for name in (along, x, y))
@@ -172,7 +161,8 @@ def plot_scan(
     return _finish(figure, axes)
 
 
-def _draw_curve(axes: Any, curve: list[_Place], number: int, label: str) -> None:
+def _draw_curve(axes: Any, curve: list[tuple[Any, ...]], number: int, label: str) -> None:
+    """``curve``: where a point is along it, and its coordinates, of which ``None`` makes a gap."""
     points = sorted(dict.fromkeys(curve), key=lambda place: place[0])
     scattered = len({place[0] for place in points}) < len(points)
     there = [place for place, point in enumerate(points) if None not in point]
@@ -284,20 +274,15 @@ def _rates(
         gys = preset("gys2005").channel
         distances = np.arange(0.0, 143.0, 0.5)
         for label, rate in (
-            ("gys2005, asymptotic", _gys_infinite),
-            ("gys2005, vacuum + weak", _gys_weak),
+            ("asymptotic", partial(asymptotic.infinite_decoy_rate, signal=0.48)),
+            ("vacuum + weak", partial(asymptotic.vacuum_weak_rate, signal=0.48, decoy=0.05)),
         ):
-            values = np.array([rate(gys.at(float(one))) for one in distances])
-            seen = values > 0
-            axes.plot(distances[seen], values[seen] * gys.repetition_rate_hz, label=label)
+            values = np.array([rate(gys.at(float(one)), f=GYS_F) for one in distances])
+            values, seen = values * gys.repetition_rate_hz, values > 0
+            axes.plot(distances[seen], values[seen], label=f"gys2005, {label}")
         axes.plot(PUBLISHED_MAXIMA, [0.1, 0.1], "k|", markersize=12, label="end in Ma 2005")
-        axes.plot(
-            [one for one, _, _ in PUBLISHED_RATES],
-            [one for _, one, _ in PUBLISHED_RATES],
-            "k^",
-            markersize=5,
-            label="experiments",
-        )
+        places = _columns([one[:2] for one in PUBLISHED_RATES])
+        axes.plot(*places, "k^", markersize=5, label="experiments")
         for distance, rate_, label in PUBLISHED_RATES:
             axes.annotate(
                 label, (distance, rate_), fontsize=9, xytext=(5, 4), textcoords="offset points"
@@ -305,14 +290,6 @@ def _rates(
     axes.set_yscale("log")
     axes.set_ylim(bottom=5e-2)
     axes.set_ylabel(UNITS["bit_per_s"])
-
-
-def _gys_infinite(channel: Channel) -> float:
-    return asymptotic.infinite_decoy_rate(channel, 0.48, f=GYS_F)
-
-
-def _gys_weak(channel: Channel) -> float:
-    return asymptotic.vacuum_weak_rate(channel, 0.48, 0.05, f=GYS_F)
 
 
 def _qber(
@@ -345,11 +322,13 @@ def _last_key(chosen: Preset, block: float, farthest: float) -> float | None:
     """The greatest distance at which the preset's own settings give a key."""
 
     def gives(distance: float) -> bool:
-        channel, source = chosen.channel.at(distance), chosen.transmitter
-        detections = block / source.key_basis_probability**2
-        counts = expected_counts(channel, source, detections / source.mean_gain(channel))
-        leak = chosen.efficiency * block * binary_entropy(counts.key_error_rate)
-        found = proof_for(source).secret_length(source, counts, security=chosen.security, leak=leak)
+        found, _ = expected_length(
+            chosen.channel.at(distance),
+            chosen.transmitter,
+            key_detections=block,
+            f=chosen.efficiency,
+            security=chosen.security,
+        )
         return found.bits > 0
 
     if not gives(0.0):

@@ -70,11 +70,8 @@ class SatellitePass:
     @property
     def duration_s(self) -> float:
         """Seconds above the lowest elevation."""
-        return (
-            2.0
-            * math.acos(math.cos(self._angle(LOWEST_DEG)) / math.cos(self._nearest))
-            / (self._rate)
-        )
+        half = math.acos(math.cos(self._angle(LOWEST_DEG)) / math.cos(self._nearest))
+        return 2.0 * half / self._rate
 
     @property
     def _rate(self) -> float:

@@ -320,25 +320,21 @@ def scan(
     tell = progress or (lambda _: None)
     jobs = [partial(_evaluated, one, blocks=blocks, seed=_seed(whole("seed", seed), n))
             for n, one in enumerate(records("points", points))]  # fmt: skip
+    rows: list[Row] = []
     if executor is None:
-        rows = []
-        for number, job in enumerate(jobs):
+        for job in jobs:
             rows.append(job())
-            tell(number + 1)
-        return _sensible(rows)
-    futures = [executor.submit(job) for job in jobs]
-    try:
-        for number, future in enumerate(as_completed(futures)):
-            future.result()
-            tell(number + 1)
-    finally:
-        for future in futures:
-            future.cancel()
-    return _sensible([future.result() for future in futures])
-
-
-def _sensible(rows: list[Row]) -> list[Row]:
-    """Raises ``ConfigError`` if there are rows and none of them has results."""
+            tell(len(rows))
+    else:
+        futures = [executor.submit(job) for job in jobs]
+        try:
+            for number, future in enumerate(as_completed(futures)):
+                future.result()
+                tell(number + 1)
+        finally:
+            for future in futures:
+                future.cancel()
+        rows = [future.result() for future in futures]
     if rows and all(ERROR in row for row in rows):
         raise ConfigError(rows[0][ERROR])
     return rows
@@ -367,7 +363,7 @@ def _text(text: str) -> str:
 def write_scan(path: Path | str, rows: Iterable[Row]) -> None:
     """Write rows to ``.csv``, ``.parquet`` or ``.json``. Raises ``ConfigError``, ``OSError``."""
     path = Path(path)
-    kind = _kind(path)
+    kind = file_kind(path, "a scan", SUFFIXES)
     rows = [
         {_text(str(name)): _written(name, value) for name, value in row.items()}
         for row in records("rows", rows)
@@ -394,7 +390,7 @@ def write_scan(path: Path | str, rows: Iterable[Row]) -> None:
 def read_scan(path: Path | str) -> list[Row]:
     """The rows of a file that :func:`write_scan` made. Raises ``ConfigError``."""
     path = Path(path)
-    kind = _kind(path)
+    kind = file_kind(path, "a scan", SUFFIXES)
     try:
         if kind == ".parquet":
             from pyarrow import parquet  # noqa: PLC0415  # an extra
@@ -436,10 +432,6 @@ def _number(text: Any) -> Any:
     except ValueError:
         return text
     return int(value) if value.is_integer() and "e" not in text and "." not in text else value
-
-
-def _kind(path: Path) -> str:
-    return file_kind(path, "a scan", SUFFIXES)
 
 
 def _column(name: str, values: list[Any]) -> Any:

@@ -204,7 +204,7 @@ SETTINGS = json.dumps(
         ({"settings": SETTINGS.replace("0.9", '"x"')}, "must be a number"),
         (
             {"settings": SETTINGS.replace("misalignment", "misalignments")},
-            "unknown names in .channel.: misal",
+            ".channel. has unknown names: misal",
         ),
         ({"settings": SETTINGS, "extra": np.zeros(9)}, "unknown array"),
         ({"settings": SETTINGS, "bit": np.array(["a"] * 9)}, "integers"),

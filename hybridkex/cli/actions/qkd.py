@@ -7,10 +7,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from textwrap import fill
-from typing import Any, Final
+from typing import Final
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -37,20 +37,14 @@ def run(options: RunOptions) -> int:
         raise ConfigError("--blocks must be positive")
     if options.block_bits < 1:
         raise ConfigError("--block-bits must be positive")
-    fading = (
-        None if options.satellite is None else SatellitePass(top_elevation_deg=options.satellite)
-    )
-    where = (
-        f"{options.distance:g} km"
-        if fading is None
-        else f"a pass up to {options.satellite:g} degrees"
-    )
-    chosen = preset(options.preset).at(options.distance if fading is None else 0.0)
+    fading, through, where = None, None, f"{options.distance:g} km"
+    chosen = typical = preset(options.preset).at(options.distance)
+    if options.satellite is not None:
+        fading = SatellitePass(top_elevation_deg=options.satellite)
+        through = where = f"a pass up to {options.satellite:g} degrees"
+        chosen = chosen.at(0.0)
+        typical = replace(chosen, channel=chosen.channel.with_loss(fading.mean_loss_db))
     if not options.as_published:
-        typical, through = chosen, None
-        if fading is not None:
-            typical = replace(chosen, channel=chosen.channel.with_loss(fading.mean_loss_db))
-            through = where
         best = tuned(typical, options.block_bits, finite_key=options.finite_key, where=through)
         chosen = replace(chosen, transmitter=best.transmitter)
     settings = LinkSettings(
@@ -103,24 +97,15 @@ async def _make_blocks(link: SimulatedLink, count: int, report: Report) -> int:
 @contextmanager
 def _json_lines() -> Iterator[Report]:
     def report(number: int, outcome: Block | LinkError, seconds: float) -> None:
-        line: dict[str, Any]
         if isinstance(outcome, Block):
-            line = {**asdict(_without_keys(outcome)), "keys": len(outcome.keys)}
-            line["key_ids"] = [str(one.key_id) for one in outcome.keys]
-            line["bits_per_second"] = outcome.rate
-            line["epsilon"]["total"] = outcome.epsilon.total
-            if outcome.too_short is not None:
-                line["aborted"] = outcome.too_short
+            ids = [str(one.key_id) for one in outcome.keys]
+            line = {**outcome.numbers, "key_ids": ids, "bits_per_second": outcome.rate}
         else:
             line = {"number": number, "keys": 0, "aborted": str(outcome)}
             line["link_over"] = not isinstance(outcome, BlockAborted)
         print(json_line({**line, "computed_in": round(seconds, 3)}), flush=True)
 
     yield report
-
-
-def _without_keys(block: Block) -> Block:
-    return replace(block, keys=())
 
 
 @contextmanager

@@ -4,7 +4,6 @@ import secrets
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -120,15 +119,8 @@ def run_distil(options: DistilOptions) -> int:
         print(json_line({"keys": 0, "aborted": str(error)}))
         return 1
     clock = settings.preset.channel.repetition_rate_hz  # which a file may leave out
-    line = {
-        **asdict(replace(block, keys=())),
-        "keys": len(block.keys),
-        "repetition_rate_hz": None if block.seconds is None else clock,
-    }
-    line["epsilon"]["total"] = block.epsilon.total
-    if block.too_short is not None:
-        line["aborted"] = block.too_short
-    print(json_line(line))
+    of_time = {"repetition_rate_hz": None if block.seconds is None else clock}
+    print(json_line({**block.numbers, **of_time}))
     return 0 if block.keys else 1
 
 

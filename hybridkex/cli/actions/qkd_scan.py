@@ -222,10 +222,9 @@ def plot(options: PlotOptions) -> int:
         if missing.name != "matplotlib":
             raise
         raise ConfigError("this needs matplotlib: pip install 'hybridkex[plot]'") from None
-    wrong = 0
+    rows = [] if options.scan is None else read_scan(options.scan)
+    wrong = sum(row.get(ERROR) is not None for row in rows)
     if options.scan is not None:
-        rows = read_scan(options.scan)
-        wrong = sum(row.get(ERROR) is not None for row in rows)
         figure, _ = plot_scan(
             rows,
             x=options.x or "distance_km",

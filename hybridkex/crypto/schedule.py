@@ -87,8 +87,8 @@ class TrafficSecret(_Base):
     __slots__ = ("suite",)
 
     def __init__(self, suite: CipherSuite, secret: Secret) -> None:
-        super().__init__(suite.hash, secret)
-        self.suite = suite
+        self.hash, self.secret, self.suite = suite.hash, secret, suite
+        self._keyed = HMAC(secret.reveal(), suite.hash.algorithm)
 
     def key_and_iv(self) -> tuple[bytes, bytes]:
         """``suite.key_length`` and 12 bytes (section 7.3)."""

@@ -72,11 +72,11 @@ class Connected:
         tickets: bool,
     ) -> Self:
         """The handshake is complete, with ``transcript``; ``tickets``: there may be some."""
-        complete, suite = transcript.digest(), negotiated.suite
-        resumption = keys.main.resumption_secret(complete) if tickets else None
+        main, suite = keys.main, negotiated.suite
+        resumption = main.resumption_secret(transcript.digest()) if tickets else None
         updates, kind = None, negotiated.agreed.key_updates
         if kind is not KeyUpdates.STANDARD:
-            first = Generation.first(suite, keys.main, keys.digest, complete)
+            first = Generation.first(suite, main, keys.digest, transcript.digest())
             updates = Updates(records, config, kind, negotiated.group, first)
         if negotiated.agreed.one_time_pad:
             records.reader.pad, records.writer.pad = Pad(), Pad()

@@ -13,11 +13,12 @@ class Transcript:
     while the states after it go on.
     """
 
-    __slots__ = ("_hash", "function")
+    __slots__ = ("_digest", "_hash", "function")
 
     def __init__(self, function: HashFunction, *messages: bytes) -> None:
         self.function = function
         self._hash = function.new(b"".join(messages))
+        self._digest: bytes | None = None
 
     @classmethod
     def after_retry(cls, function: HashFunction, hello_digest: bytes, retry: bytes) -> "Transcript":
@@ -27,11 +28,13 @@ class Transcript:
 
     def add(self, *messages: bytes) -> Self:
         longer = object.__new__(type(self))
-        longer.function = self.function
+        longer.function, longer._digest = self.function, None
         longer._hash = self._hash.copy()
         for message in messages:
             longer._hash.update(message)
         return longer
 
     def digest(self) -> bytes:
-        return self._hash.digest()
+        if self._digest is None:
+            self._digest = self._hash.digest()
+        return self._digest

@@ -5,6 +5,9 @@ form is less regular overrides :meth:`Laid.read` and :meth:`Laid.body`.
 """
 
 from collections.abc import Callable
+from functools import partial
+from itertools import repeat
+from operator import call
 from typing import Any, ClassVar, Final, NamedTuple, Self
 
 from hybridkex.wire.codec import (
@@ -42,13 +45,14 @@ BYTE_LIST: Final = Layout(
 
 def opaque(width: int, least: int = 0) -> Layout:
     """A vector of ``least`` bytes or more, with a length of ``width`` bytes."""
-    return Layout(lambda reader: reader.opaque(width, least), _VECTORS[width])
+    return Layout(partial(Reader.opaque, width=width, least=least), _VECTORS[width])
 
 
 def codes(width: int) -> Layout:
     """A vector of one or more 16-bit integers, with a length of ``width`` bytes."""
     vector = _VECTORS[width]
-    return Layout(lambda reader: reader.u16_list(width), lambda values: vector(u16_list(values)))
+    read = partial(Reader.u16_list, width=width)
+    return Layout(read, lambda values: vector(u16_list(values)))
 
 
 def listed(entry: Layout, least: int = 0) -> Layout:
@@ -77,12 +81,18 @@ class Laid:
 
     layout: ClassVar[tuple[Layout, ...]] = ()
     """The layout of each field, in their order."""
+    _readers: ClassVar[tuple[Callable[[Reader], Any], ...]] = ()
+    _writers: ClassVar[tuple[Callable[[Any], bytes], ...]] = ()
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls._readers = tuple(one.read for one in cls.layout)
+        cls._writers = tuple(one.write for one in cls.layout)
 
     @classmethod
     def read(cls, reader: Reader) -> Self:
         """Parse the fields; the caller checks that nothing is left over."""
-        return cls(*[one.read(reader) for one in cls.layout])
+        return cls(*map(call, cls._readers, repeat(reader)))
 
     def body(self) -> bytes:
-        values = vars(self).values()
-        return b"".join([one.write(value) for one, value in zip(self.layout, values, strict=True)])
+        return b"".join(map(call, self._writers, vars(self).values()))

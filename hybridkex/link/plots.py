@@ -79,10 +79,10 @@ def _finish(figure: Figure, axes: Any) -> tuple[Figure, Any]:
     axes.yaxis.label.set_size(12)
     _, labels = axes.get_legend_handles_labels()
     if labels:
-        # Below the axes, where it hides nothing and is whole. More than 8 rows need more room.
+        # Below the axes, where it hides nothing and is whole. More than 6 rows need more room.
         columns = 2 if max(map(len, labels)) <= 36 else 1
         figure.legend(loc="outside lower center", ncols=columns, fontsize=10, frameon=False)
-        figure.set_figheight(4.2 + 0.22 * max(0.0, len(labels) / columns - 8))
+        figure.set_figheight(4.2 + 0.22 * max(0.0, len(labels) / columns - 6))
     return figure, axes
 
 
@@ -124,7 +124,7 @@ def plot_scan(
                 + ("; separate the columns of a .csv file by commas" if joined else "")
             )
     rows = [row for row in rows if row.get(ERROR) is None]
-    values = {name: {_plain(row.get(name)) for row in rows} for name in SETTINGS}
+    values = {name: {_plain(row.get(name)) for row in rows} for name in known if name in SETTINGS}
     varied = [name for name, found in values.items() if len(found) > 1 and name not in by]
     along = next((name for name in (x, y) if name not in COLUMNS), "") or max(
         (name for name in varied if all(type(value) in (int, float) for value in values[name])),

@@ -129,7 +129,7 @@ class SecureByteStream(SecureDuplex, ByteStream):
 
         Args:
             transport_stream: the stream that carries the records. The new stream owns it; it is
-                closed if the handshake fails.
+                closed if this raises.
             config: the configuration of a client or of a server.
             server_hostname: the name or address that the server's certificate must have (client).
             standard_compatible: send close_notify at the end and demand the peer's. With ``False``,
@@ -138,17 +138,17 @@ class SecureByteStream(SecureDuplex, ByteStream):
 
         Raises:
             anyio.BrokenResourceError: the handshake failed; ``__cause__`` is the reason.
-            ConfigError: ``config`` is not a configuration, or a server is given a
-                ``server_hostname``.
+            ConfigError: ``config`` is not a configuration, ``server_hostname`` is no name, or a
+                server is given one.
         """
-        stream = cls(
-            transport_stream,
-            config,
-            server_hostname=server_hostname,
-            standard_compatible=standard_compatible,
-            handshake_timeout=handshake_timeout,
-        )
         try:
+            stream = cls(
+                transport_stream,
+                config,
+                server_hostname=server_hostname,
+                standard_compatible=standard_compatible,
+                handshake_timeout=handshake_timeout,
+            )
             await stream._handshake()
         except BaseException:
             await anyio.aclose_forcefully(transport_stream)
@@ -282,12 +282,13 @@ class SecureListener(Listener[SecureByteStream]):
     ) -> None:
         """Call ``handler`` with each connection after its handshake, until cancelled.
 
-        No peer ends the server, unlike with anyio's own listeners: a handshake that fails, or a
-        connection that breaks or ends while ``handler`` uses it, ends that connection alone and
-        becomes one log line. Any other exception of ``handler`` goes to the task group. While the
-        system has no descriptors or no memory for another connection, new ones wait in the queue.
-        Handshakes have places, for which the addresses of the clients take turns, so that a crowd
-        of one address keeps others waiting for no longer than one handshake or a second.
+        No peer ends the server, unlike with anyio's own listeners: a handshake that fails, whatever
+        its PSK source or verifier raises, or a connection that breaks or ends while ``handler``
+        uses it, ends that connection alone and becomes one log line. Any other exception of
+        ``handler`` goes to the task group. While the system has no descriptors or no memory for
+        another connection, new ones wait in the queue. Handshakes have places, for which the
+        addresses of the clients take turns, so that a crowd of one address keeps others waiting for
+        no longer than one handshake or a second.
 
         Args:
             handler: serves one connection, and closes it.
@@ -303,6 +304,11 @@ class SecureListener(Listener[SecureByteStream]):
                 return
             except (anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
                 _LINES.log(logging.WARNING, "a handshake failed: %s", error.__cause__ or error)
+                return
+            except Exception as error:  # Its text may quote anything.
+                reason = f"{type(error).__name__} in a PSK source or verifier"
+                _LINES.log(logging.ERROR, "a handshake failed: %s", reason)
+                _log.debug("a handshake failed", exc_info=error)
                 return
             try:
                 try:
@@ -536,5 +542,6 @@ class SecureConnectable(ByteStreamConnectable):
         Raises:
             OSError: the connection failed.
             anyio.BrokenResourceError: the handshake failed; ``__cause__`` is the reason.
+            ConfigError: ``server_hostname`` is no name.
         """
         return await self._wrap(await self.connectable.connect())

@@ -27,6 +27,7 @@ import httpx
 from anyio.streams.tls import TLSAttribute
 
 from hybridkex.anyio import HybridkexAttribute, SecureByteStream
+from hybridkex.errors import ConfigError
 from hybridkex.tls.config import ClientConfig, check_config
 
 __all__ = ["SecureBackend", "SecureTransport"]
@@ -48,13 +49,13 @@ class SecureTransport(httpx.AsyncHTTPTransport):
     """
 
     def __init__(self, config: ClientConfig, *, limits: httpx.Limits | None = None) -> None:
-        check_config(config, ClientConfig)
+        backend = SecureBackend(config)
         limits = limits or httpx.Limits(
             max_connections=100, max_keepalive_connections=20, keepalive_expiry=5.0
         )
         # httpx offers no argument for the network backend of httpcore's pool.
         self._pool = _Pool(
-            network_backend=SecureBackend(config),
+            network_backend=backend,
             http2="h2" in config.alpn,
             max_connections=limits.max_connections,
             max_keepalive_connections=limits.max_keepalive_connections,
@@ -83,9 +84,13 @@ class SecureBackend(httpcore.AsyncNetworkBackend):
 
     Args:
         config: the configuration of every connection, ``alpn`` included.
+
+    Raises:
+        ConfigError: ``config`` is not a ``ClientConfig``.
     """
 
     def __init__(self, config: ClientConfig) -> None:
+        check_config(config, ClientConfig)
         self._config = config
 
     async def connect_tcp(
@@ -180,5 +185,10 @@ def _errors(late: type[Exception], broken: type[Exception]) -> Iterator[None]:
         yield
     except TimeoutError as error:
         raise late("no answer in time") from error
-    except (OSError, anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
+    except (
+        OSError,
+        anyio.BrokenResourceError,
+        anyio.ClosedResourceError,
+        ConfigError,  # the name in a URL, which a server's redirect may choose, is none
+    ) as error:
         raise broken(str(error.__cause__ or error)) from error

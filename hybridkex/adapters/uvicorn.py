@@ -20,6 +20,7 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from hybridkex.aio.places import Places
 from hybridkex.aio.transport import SecureTransport, time_limits
+from hybridkex.errors import ConfigError
 from hybridkex.tls.config import ServerConfig, check_config
 
 __all__ = ["secure_http"]
@@ -34,16 +35,22 @@ def secure_http(
     """Make the value for ``uvicorn.run(http=...)`` or ``uvicorn.Config(http=...)``.
 
     Args:
-        config: the configuration of the server. uvicorn speaks HTTP/1.1: leave ``alpn`` empty or
-            set it to ``("http/1.1",)``.
+        config: the configuration of the server. Its ``alpn`` is empty or names what ``protocol``
+            speaks: ``("http/1.1",)``.
         protocol: uvicorn's protocol class for the decrypted data.
         ssl_handshake_timeout: seconds for a handshake; ``None`` for 10.
 
     Raises:
-        ConfigError: ``config`` is not a ``ServerConfig``.
+        ConfigError: ``config`` is not a ``ServerConfig``, or its ``alpn`` names a protocol that
+            uvicorn's does not speak.
         ValueError: the time limit is not positive.
     """
     check_config(config, ServerConfig)
+    spoken = getattr(protocol, "alpn_protocols", ("http/1.1",))  # uvicorn 0.54 or newer
+    if other := [one for one in config.alpn if one not in spoken]:
+        raise ConfigError(
+            f"uvicorn's protocol does not speak {', '.join(other)}: remove it from alpn"
+        )
     time_limits(ssl_handshake_timeout, None)
     return _SecureHttp(config, protocol, ssl_handshake_timeout)
 
@@ -63,6 +70,10 @@ class _SecureHttp:
         self._places: Places | None = None
 
     def __call__(self, **arguments: Any) -> asyncio.BaseProtocol:
+        if arguments["config"].ssl is not None:
+            raise ConfigError(
+                "uvicorn has ssl options of its own: remove them, or its TLS would carry ours"
+            )
         if self._places is None or self._places.loop is not asyncio.get_running_loop():
             self._places = Places()
         return SecureTransport(

@@ -8,6 +8,7 @@ that it has no descriptor for, without a log line.
 
 import asyncio
 import logging
+import weakref
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -24,16 +25,20 @@ class _Handler:
 
     def __init__(self, before: Handler | None) -> None:
         self._before = before
-        self._descriptors: set[int] = set()
+        self._servers = weakref.WeakSet[asyncio.Server]()
         # The state lasts, and one line describes it.
         self._lines = BoundedLog(get_logger("hybridkex.aio"), rate=1 / 60, burst=1)
 
     def watch(self, server: asyncio.Server) -> None:
-        self._descriptors.update(one.fileno() for one in server.sockets)
+        self._servers.add(server)
+
+    def _is_ours(self, number: int) -> bool:
+        """Whether a server of ours listens there; one that was closed has no sockets."""
+        return any(number == one.fileno() for server in self._servers for one in server.sockets)
 
     def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         listening = context.get("socket")
-        ours = listening is not None and listening.fileno() in self._descriptors
+        ours = listening is not None and self._is_ours(listening.fileno())
         if ours and context.get("message") == _MESSAGE:
             reason = getattr(context.get("exception"), "strerror", None) or "out of memory"
             self._lines.log(

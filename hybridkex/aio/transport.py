@@ -485,7 +485,7 @@ class SecureTransport(transports._FlowControlMixin):
         if content is None:
             return False
         if self._renewer is not None:
-            self._renewer.count(len(content))
+            self._renewer.received(len(content))
         self._in_read = True
         try:
             if self._buffered:
@@ -511,6 +511,7 @@ class SecureTransport(transports._FlowControlMixin):
                 return
             if event is None:
                 break
+            connection.keep()  # a callback may run the loop, and another read use the buffer
             if self._renewer is not None:
                 self._renewer.saw(event)
             if type(event) is ApplicationData and self._state is _OPEN:
@@ -697,7 +698,7 @@ class SecureTransport(transports._FlowControlMixin):
                 self._outgoing_size += len(batch)
                 return  # until more of the pad is there
             if self._renewer is not None:
-                self._renewer.count(len(batch))
+                self._renewer.sent(len(batch))
             record = self._connection.seal_record(batch) if type(batch) is bytes else None
             if record is not None:
                 self._send(record)

@@ -180,10 +180,18 @@ class Background:
 
     Args:
         function: what to run. It handles its own errors: nobody waits for it.
+        cancelled: runs if somebody else cancels the task. On asyncio, a program can cancel all
+            tasks of its loop and go on.
     """
 
-    def __init__(self, function: Callable[[], Awaitable[None]]) -> None:
+    def __init__(
+        self,
+        function: Callable[[], Awaitable[None]],
+        *,
+        cancelled: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
         self._function = function
+        self._cancelled = cancelled
         if (trio := _trio()) is not None:
             self._scope: Any = trio.CancelScope()
             trio.lowlevel.spawn_system_task(self._run)
@@ -192,6 +200,7 @@ class Background:
 
     def cancel(self) -> None:
         """End it where it waits next; it may be over."""
+        self._cancelled = None
         self._scope.cancel()
 
     async def _run(self) -> None:
@@ -199,7 +208,12 @@ class Background:
             await self._function()
 
     async def _run_on_asyncio(self) -> None:
-        await self._function()
+        try:
+            await self._function()
+        except _asyncio().CancelledError:
+            if self._cancelled is not None:
+                await self._cancelled()
+            raise
 
 
 class Event:

@@ -110,7 +110,7 @@ class KeyRenewer:
         self._unplanned = True
         self._in_a_row = 0
         """KeyUpdates that we have sent without data of ours between them."""
-        self._task: Final = Background(self._run)
+        self._task: Final = Background(self._run, cancelled=self._cancelled)
 
     @classmethod
     def needed(
@@ -152,7 +152,7 @@ class KeyRenewer:
     def saw(self, event: EngineEvent) -> None:
         match event:
             case ApplicationData(data):
-                self._count(len(data))
+                self.received(len(data))
             case PadKeyWanted():
                 assert self.pads is not None  # or the engine would not ask
                 self.pads.saw(event)
@@ -171,15 +171,17 @@ class KeyRenewer:
         if not isinstance(event, ApplicationData):
             self.wake()
 
-    def count(self, size: int) -> None:
-        self._in_a_row = 0
-        self._count(size)
-        if self._connection.update_wanted and self._timer.why is None and not self._under_way:
-            self._timer.want("key limit")
+    def received(self, size: int) -> None:
+        """Count bytes of application data from the peer."""
+        if self._timer.count(size):
             self.wake()
 
-    def _count(self, size: int) -> None:
-        if self._timer.count(size):
+    def sent(self, size: int) -> None:
+        """Count bytes of application data from us."""
+        self._in_a_row = 0
+        self.received(size)  # the schedule counts both directions
+        if self._connection.update_wanted and self._timer.why is None and not self._under_way:
+            self._timer.want("key limit")
             self.wake()
 
     def update(self) -> None:
@@ -207,6 +209,9 @@ class KeyRenewer:
         except Exception:
             _log.exception("the keys are not renewed any more")
             await self._end(InternalError("the renewal of the keys has failed"))
+
+    async def _cancelled(self) -> None:
+        await self._end(InternalError("the renewal of the keys was cancelled"))
 
     async def _end(self, error: PeerError) -> None:
         if not self._connection.close_sent:  # nothing follows a close_notify (section 6.1)

@@ -234,7 +234,15 @@ class SecureDuplex:
             if event is None:
                 return
             if isinstance(event, PskWanted | SessionProposed):
-                await self._answers.give(event)
+                try:
+                    await self._answers.give(event)
+                except HybridkexError:
+                    raise
+                except Exception:
+                    connection.abort(InternalError("a PSK source or verifier failed"))
+                    with self._unless_gone():
+                        await self._flush()
+                    raise
 
     async def _send_for_renewer(self) -> None:
         async with self._send_lock:
@@ -391,7 +399,7 @@ class SecureDuplex:
                 async with self._send_lock:
                     self._check_sendable()
                     self._queue(self._connection.send_data, piece)
-                    self._renewer.count(len(piece))
+                    self._renewer.sent(len(piece))
                     await self._flush()
 
     async def _wait_for_pad(self, pads: PadFiller, size: int) -> None:

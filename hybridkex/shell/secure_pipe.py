@@ -73,7 +73,7 @@ class SecurePipe:
             if content is not None:
                 self._take(content)
                 if self._renewer is not None:
-                    self._renewer.count(len(content))
+                    self._renewer.received(len(content))
                 return
         try:
             self._connection.receive_data(data)
@@ -131,7 +131,7 @@ class SecurePipe:
         """
         self.has_carried_data = True
         if self._renewer is not None:
-            self._renewer.count(len(data))
+            self._renewer.sent(len(data))
         if len(data) <= SMALL:
             record = self._connection.seal_record(bytes(data))
             if record is not None:

@@ -99,6 +99,11 @@ class Connection:
             )
         )
 
+    def keep(self) -> None:
+        """Copy what :meth:`receive_data` was given and no event has taken: the caller's buffer may
+        change from now on."""
+        self._records.reader.incoming.keep()
+
     def receive_record(self, head: memoryview, fragment: memoryview) -> bytes | None:
         """Take one short record of application data: :meth:`receive_data` and :meth:`next_event` in
         one call, for an exchange of short messages.

@@ -7,6 +7,7 @@ import pickle
 import re
 import shutil
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -351,6 +352,38 @@ def test_what_is_no_configuration() -> None:
         secure_http(client_config())  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="ClientConfig"):
         SecureTransport(server_config())  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="ClientConfig"):
+        SecureBackend(server_config())  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="does not speak h2"):
+        secure_http(server_config("h2", "http/1.1"))
+    secured = secure_http(server_config("http/1.1"))
+    own = uvicorn.Config(app, http=secured)
+    own.load()
+    own.ssl = ssl.create_default_context()
+    with pytest.raises(ConfigError, match="ssl options of its own"):
+        secured(config=own)
+
+
+def test_a_redirect_to_a_name_that_is_none() -> None:
+    """inet_aton(3) takes 127.1 for an address, so that there is a connection."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        there = f"https://127.1:{writer.get_extra_info('sockname')[1]}/"
+        writer.write(f"HTTP/1.1 302 Found\r\nlocation: {there}\r\n\r\n".encode())
+        writer.close()
+
+    async def main() -> None:
+        server = await start_server(answer, "127.0.0.1", 0, server_config())
+        port = server.sockets[0].getsockname()[1]
+        transport = SecureTransport(client_config())
+        async with httpx.AsyncClient(transport=transport, follow_redirects=True) as client:
+            with pytest.raises(httpx.ConnectError, match=r"'127\.1' is neither"):
+                await client.get(f"https://localhost:{port}/")
+        server.close()
+        await server.wait_closed()
+
+    asyncio.run(main())
 
 
 SERVICE = """

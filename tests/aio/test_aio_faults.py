@@ -3,6 +3,7 @@ peers that send rubbish, connections within connections."""
 
 import asyncio
 import contextlib
+import errno
 import functools
 import gc
 import inspect
@@ -16,6 +17,7 @@ import time
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,6 +37,7 @@ from hybridkex.aio import (
     SecureTransport,
     create_connection,
     create_server,
+    start_server,
     start_tls,
     upgrade,
 )
@@ -1106,3 +1109,28 @@ def test_a_server_without_descriptors_recovers(
     lines = [one.getMessage() for one in caplog.records if "cannot accept" in one.getMessage()]
     assert len(lines) <= 1
     assert not [one for one in caplog.records if one.exc_info]
+
+
+def test_the_descriptor_of_a_closed_server_is_another_ones(
+    run: Run, server_config: ServerConfig
+) -> None:
+    """The faults of accept(2) there are the application's."""
+
+    async def main() -> None:
+        with reported() as told:
+            server = await start_server(echo, "127.0.0.1", 0, server_config)
+            number = server.sockets[0].fileno()
+            context = {
+                "message": "socket.accept() out of system resource",
+                "exception": OSError(errno.EMFILE, "Too many open files"),
+                "socket": SimpleNamespace(fileno=lambda: number),
+            }
+            loop = asyncio.get_running_loop()
+            loop.call_exception_handler(context)
+            assert told == []
+            server.close()
+            await server.wait_closed()
+            loop.call_exception_handler(context)
+            assert told == [context]
+
+    run(main())

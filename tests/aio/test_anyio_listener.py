@@ -7,6 +7,7 @@ import socket
 import struct
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 
 import anyio
 import pytest
@@ -14,8 +15,20 @@ from aio_glue import Crowd, hello_of
 
 import hybridkex.anyio
 import hybridkex.net.pending
-from hybridkex import X25519, ClientConfig, DevCa, Policy, Requirement, ServerConfig, TrustStore
+from hybridkex import (
+    X25519,
+    ClientConfig,
+    DevCa,
+    Policy,
+    QkdPskSource,
+    Requirement,
+    ServerConfig,
+    Session,
+    TrustStore,
+)
 from hybridkex.anyio import SecureByteStream, SecureConnectable, SecureListener
+from hybridkex.errors import ConfigError
+from hybridkex.qkd.in_process import in_process_pair
 
 CA = DevCa.create(algorithm="ed25519")
 POLICY = Policy(post_quantum=Requirement.PREFER)
@@ -289,5 +302,63 @@ def test_those_who_wait_begin_when_the_listener_has_ended(backend: str) -> None:
             crowd.leave()
             await anyio.sleep(0.05)
             handlers.cancel_scope.cancel()
+
+    anyio.run(main, backend=backend)
+
+
+class Failing:
+    """A PSK source with a bug, or with a database that is down."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    async def offer(self) -> None:
+        raise self.error
+
+    async def look_up(self, identities: object) -> None:
+        raise self.error
+
+    def authorize(self, session: Session, missing: str | None) -> Session:
+        return session
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("error", [ValueError("secret"), OSError("secret"), TimeoutError("secret")])
+def test_a_psk_source_that_fails_ends_one_connection(
+    backend: str, error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    alice, _ = in_process_pair("alice", "bob")
+    offers = replace(CLIENT, psk_source=QkdPskSource(alice))
+    server = replace(
+        SERVER, psk_source=Failing(error), policy=replace(POLICY, psk=Requirement.PREFER)
+    )
+
+    async def main() -> None:
+        async with (
+            SecureListener(await one_port(), server) as listener,
+            anyio.create_task_group() as group,
+        ):
+            group.start_soon(listener.serve, naive)
+            tcp = anyio.TCPConnectable("127.0.0.1", port_of(listener))
+            with pytest.raises(anyio.BrokenResourceError, match="the peer sent internal_error"):
+                await SecureConnectable(tcp, offers, server_hostname="localhost").connect()
+            assert await echoed(port_of(listener)) == b"are you there?"
+            group.cancel_scope.cancel()
+
+    anyio.run(main, backend=backend)
+    (line,) = [one.getMessage() for one in caplog.records if one.levelno == logging.ERROR]
+    assert line == f"a handshake failed: {type(error).__name__} in a PSK source or verifier"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_name_that_is_none_leaves_no_connection(backend: str) -> None:
+    async def main() -> None:
+        async with await anyio.create_tcp_listener(local_host="127.0.0.1") as listener:
+            port = listener.extra(anyio.abc.SocketAttribute.local_port)
+            tcp = await anyio.connect_tcp("127.0.0.1", port)
+            with pytest.raises(ConfigError, match=r"127\.1"):
+                await SecureByteStream.wrap(tcp, CLIENT, server_hostname="127.1")
+            with pytest.raises(anyio.ClosedResourceError):
+                await tcp.send(b"x")
 
     anyio.run(main, backend=backend)

@@ -23,6 +23,7 @@ from hybridkex.aio import (
     start_tls,
 )
 from hybridkex.aio import create_server as create_secure_server
+from hybridkex.aio.transport import _SCRATCH
 
 Factory = Callable[[], asyncio.BaseProtocol]
 
@@ -498,6 +499,48 @@ def test_a_write_after_write_eof_is_refused_until_the_end(
             with pytest.raises(RuntimeError, match=r"write\(\) after write_eof\(\)"):
                 transport.write(b"more")
             await asyncio.sleep(0.02)
+        await ended(transport, server)
+
+    run(main())
+
+
+def test_a_callback_runs_the_loop(
+    run: Run, server_config: ServerConfig, client_config: ClientConfig
+) -> None:
+    """With nest_asyncio a callback can: other connections then read into the shared buffer."""
+    piece = 16_384
+
+    class Updating(asyncio.Protocol):
+        def connection_made(self, transport: Any) -> None:
+            for number in range(4):  # what is behind a key update is delivered by itself
+                transport.write(bytes([number]) * piece)
+                transport.update_keys()
+
+    class Overwritten(asyncio.Protocol):
+        def __init__(self) -> None:
+            self.received = bytearray()
+            self.lost: Exception | None = None
+
+        def data_received(self, data: bytes) -> None:
+            self.received += data
+            _SCRATCH.view[:] = bytes(len(_SCRATCH.view))
+
+        def connection_lost(self, error: Exception | None) -> None:
+            self.lost = error
+
+    async def main() -> None:
+        server = await create_secure_server(Updating, "127.0.0.1", 0, server_config)
+        protocol = Overwritten()
+        transport, _ = await create_connection(
+            lambda: protocol,
+            "127.0.0.1",
+            port_of(server),
+            client_config,
+            server_hostname="localhost",
+        )
+        await asyncio_until(lambda: len(protocol.received) == 4 * piece or protocol.lost)
+        assert protocol.lost is None
+        assert protocol.received == b"".join(bytes([number]) * piece for number in range(4))
         await ended(transport, server)
 
     run(main())

@@ -1,7 +1,9 @@
 """Sessions that renew their keys while data flows: the same on every event loop."""
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -27,7 +29,7 @@ from hybridkex.errors import (
     KeyUnknown,
     PolicyRefused,
 )
-from hybridkex.net.event_loop import current_time, sleep
+from hybridkex.net.event_loop import current_time, on_trio, sleep
 from hybridkex.net.log import BoundedLog
 from hybridkex.qkd.in_process import InProcessSource, in_process_pair
 from hybridkex.qkd.source import KeyReference, QkdKey
@@ -502,3 +504,50 @@ def test_a_bug_in_the_renewal_ends_the_session(run: Run, caplog: Any) -> None:
     with caplog.at_level(logging.ERROR, "hybridkex"):
         run(sites, conversation)
     assert "the keys are not renewed any more" in caplog.text
+
+
+def renewer_of(end: Any) -> Any:
+    return (end.stream if hasattr(end, "stream") else end.writer.transport)._renewer
+
+
+def test_what_the_peer_sends_is_no_data_of_ours(run: Run) -> None:
+    """BoringSSL takes 32 key updates without data of ours between them, whatever it sends."""
+    sites = Sites(client=FreshKeys(every=3600), policy={"fresh_keys": PREFER})
+
+    async def conversation(client: Any, server: Any) -> None:
+        assert client.session.key_updates is KeyUpdates.STANDARD
+        renewer = renewer_of(client)
+        renewer._in_a_row = 7
+        for size in (1, 100, 40_000, 1):
+            await together(server.send(bytes(size)), client.receive_exactly(size))
+        assert renewer._in_a_row == 7
+        assert renewer._timer.bytes == 40_102
+        await client.send(b"x")
+        await server.receive_exactly(1)
+        assert renewer._in_a_row == 0
+        assert renewer._timer.bytes == 40_103
+
+    sites.server = replace(sites.server, policy=Policy(post_quantum=PREFER, fresh_keys=OFF))
+    run(sites, conversation)
+
+
+def test_a_program_cancels_all_tasks_and_goes_on(run: Run) -> None:
+    """A session whose keys are not renewed any more ends. (trio's system tasks are no task of the
+    program.)"""
+    sites = Sites(client=FreshKeys(every=3600), server=FreshKeys(every=3600))
+
+    async def conversation(client: Any, server: Any) -> None:
+        if on_trio():
+            return
+        await client.send(b"x")
+        await server.receive_exactly(1)
+        renewing = [one for one in asyncio.all_tasks() if "Background" in repr(one.get_coro())]
+        assert len(renewing) == 2
+        for one in renewing:
+            one.cancel()
+        why = r"the renewal of the keys was cancelled|the peer sent internal_error"
+        for end in (client, server):
+            with pytest.raises(Exception, match=why):
+                await end.receive()
+
+    run(sites, conversation)

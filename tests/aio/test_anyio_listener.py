@@ -28,6 +28,7 @@ from hybridkex import (
 )
 from hybridkex.anyio import SecureByteStream, SecureConnectable, SecureListener
 from hybridkex.errors import ConfigError
+from hybridkex.net.log import BoundedLog
 from hybridkex.qkd.in_process import in_process_pair
 
 CA = DevCa.create(algorithm="ed25519")
@@ -325,8 +326,12 @@ class Failing:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("error", [ValueError("secret"), OSError("secret"), TimeoutError("secret")])
 def test_a_psk_source_that_fails_ends_one_connection(
-    backend: str, error: Exception, caplog: pytest.LogCaptureFixture
+    backend: str,
+    error: Exception,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(hybridkex.anyio, "_LINES", BoundedLog(hybridkex.anyio._log))
     alice, _ = in_process_pair("alice", "bob")
     offers = replace(CLIENT, psk_source=QkdPskSource(alice))
     server = replace(

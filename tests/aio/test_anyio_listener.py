@@ -1,5 +1,6 @@
 """An anyio server goes on, whatever its peers do and however many they are."""
 
+import gc
 import logging
 import os
 import resource
@@ -294,6 +295,7 @@ def test_those_who_wait_begin_when_the_listener_has_ended(backend: str) -> None:
             async with anyio.create_task_group() as group:
                 group.start_soon(listener.serve, naive, handlers)
                 crowd.grow(20, hello_of(CLIENT))
+                gc.collect()  # a descriptor that another test left is not closed meanwhile
                 before = len(os.listdir("/proc/self/fd"))
                 # The twenty, and the descriptor that watches them.
                 await until(lambda: len(os.listdir("/proc/self/fd")) >= before + 21)

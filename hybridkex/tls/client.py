@@ -105,8 +105,7 @@ class _Offer:
 
     def hello(self, cookie: bytes | None, prefix: Transcript | None) -> bytes:
         """The ClientHello, encoded; ``prefix`` is the transcript before it, after a retry."""
-        names = self._server_name
-        first = names if cookie is None else (ext.Cookie(cookie), *names)
+        first = () if cookie is None else (ext.Cookie(cookie),)
         message = wire.ClientHello(
             random=self.random,
             session_id=self.session_id,
@@ -121,17 +120,14 @@ class _Offer:
     @cached_property
     def classes(self) -> tuple[type[ext.Extension], ...]:
         """Those of the extensions that are sent."""
-        last = map(type, self._last_extensions)
-        return (*self.constant.classes, *map(type, self._server_name), *last)
-
-    @property
-    def _server_name(self) -> tuple[ext.ServerName, ...]:
-        return (ext.ServerName(self.name.a_label),) if isinstance(self.name, DnsName) else ()
+        return (*self.constant.classes, *map(type, self._last_extensions))
 
     @cached_property
     def _last_extensions(self) -> list[ext.Extension]:
         """The extensions of this handshake, after those of the configuration."""
         extensions: list[ext.Extension] = []
+        if isinstance(self.name, DnsName):
+            extensions.append(ext.ServerName(self.name.a_label))
         if self.psks or self.config.ticket_store is not None:
             extensions.append(ext.PskKeyExchangeModes((PskKeyExchangeMode.PSK_DHE_KE,)))
         entries = tuple(ext.KeyShareEntry(code, one.share) for code, one in self.started.items())

@@ -505,10 +505,7 @@ class Connection:
 
     def export(self, label: bytes, context: bytes, length: int) -> Secret:
         """Keying material for a protocol above: ``length`` bytes (section 7.5)."""
-        connected = self._connected()
-        if not 0 < length <= 255 * connected.suite.hash.size:
-            raise LocalStateError(f"an exporter gives 1 to {255 * connected.suite.hash.size} bytes")
-        return connected.exporter.export(label, context, length)
+        return self._connected().exporter.export(label, context, length)
 
     def export_fresh(self, label: bytes, context: bytes, length: int) -> Secret:
         """As :meth:`export`, from the exporter secret of the epoch in use
@@ -518,12 +515,10 @@ class Connection:
             LocalStateError: the handshake is not complete, or Extended Key Update was not
                 negotiated.
         """
-        connected = self._connected()
-        if connected.updates is None:
+        updates = self._connected().updates
+        if updates is None:
             raise LocalStateError("Extended Key Update was not negotiated with this peer")
-        if not 0 < length <= 255 * connected.suite.hash.size:
-            raise LocalStateError(f"an exporter gives 1 to {255 * connected.suite.hash.size} bytes")
-        return connected.updates.exporter.export(label, context, length)
+        return updates.exporter.export(label, context, length)
 
     def _connected(self) -> Connected:
         self._check_kept()

@@ -285,10 +285,6 @@ def content_length(inner: memoryview) -> int:
 
 def plaintext_records(type_: int, content: bytes, version: int = LEGACY_VERSION) -> bytes:
     """Unprotected records (section 5.1), cut at 2^14 bytes."""
-    if len(content) <= MAX_PLAINTEXT:
-        return header(type_, len(content), version) + content
-    return b"".join(
-        header(type_, len(piece), version) + piece
-        for start in range(0, len(content), MAX_PLAINTEXT)
-        for piece in (content[start : start + MAX_PLAINTEXT],)
-    )
+    starts = range(0, len(content), MAX_PLAINTEXT)
+    pieces = [content[start : start + MAX_PLAINTEXT] for start in starts]
+    return b"".join([header(type_, len(piece), version) + piece for piece in pieces])

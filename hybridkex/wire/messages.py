@@ -278,7 +278,6 @@ _KEPT: Final = 4096
 """Bytes of the longest of them."""
 _decode_alike: Final = lru_cache(maxsize=64)(_decode)
 
-
 _KDFS: Final = frozenset(int(code) for code in KdfCode)
 
 

@@ -20,13 +20,13 @@ def until(condition: Condition, process: Any = None, *, seconds: float = PATIENC
         if process is not None and process.poll() is not None:
             raise AssertionError(process.communicate()[1])
         assert time.monotonic() < deadline, f"not within {seconds:g} s"
-        time.sleep(0.01)
+        time.sleep(0.005)
 
 
 async def trio_until(condition: Condition, *, seconds: float = PATIENCE) -> None:
     with trio.fail_after(seconds):
         while not condition():  # noqa: ASYNC110  # see the module
-            await trio.sleep(0.02)
+            await trio.sleep(0.005)
 
 
 async def asyncio_until(condition: Condition, *, seconds: float = PATIENCE) -> None:

@@ -13,6 +13,8 @@ import trio
 from hybridkex.machine import hangup_mask
 
 SIGNALS: Final = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+NOTIFY_SECONDS: Final = 1.0
+"""Seconds that a report waits for a service manager that is stopped."""
 
 
 @contextmanager
@@ -64,7 +66,7 @@ def notify(*fields: str) -> None:
     address = "\0" + path[1:] if path.startswith("@") else path
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
         try:
-            sender.settimeout(1.0)  # for a service manager that is stopped
+            sender.settimeout(NOTIFY_SECONDS)
             sender.connect(address)
             sender.sendall("\n".join(fields).encode())
         except OSError:

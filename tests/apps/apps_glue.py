@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,13 +66,21 @@ class Run:
         self._started: list[AnyProcess] = []
 
     def start(
-        self, *words: object, stderr: IO[bytes] | None = None, **environment: str
+        self,
+        *words: object,
+        stderr: IO[bytes] | None = None,
+        constants: Mapping[str, float] | None = None,
+        **environment: str,
     ) -> AnyProcess:
         """Forked from one that has imported everything: the test does not wait for that."""
         with Path(os.devnull).open("rb") as nothing:
             process = Process(
                 self._forkserver.start(
-                    *words, stdin=nothing, stderr=stderr, environment=environment
+                    *words,
+                    stdin=nothing,
+                    stderr=stderr,
+                    constants=constants,
+                    environment=environment,
                 )
             )
         self._started.append(process)

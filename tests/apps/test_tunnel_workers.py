@@ -195,6 +195,7 @@ async def test_no_connection_is_refused_while_workers_change(tunnel: Tunnel) -> 
                 async with await tunnel.connect() as stream:
                     assert await exchange(stream, b"x") == b"x"
                     done += 1
+                await trio.sleep(0.02)  # leave the processor to the workers that start
 
         async with trio.open_nursery() as nursery:
             stop = trio.Event()
@@ -393,8 +394,11 @@ async def test_a_machine_that_gives_no_process_meanwhile(
             pool.close(0)
 
 
-async def test_no_new_connection_has_the_old_configuration_after_a_reload(tmp_path: Path) -> None:
+async def test_no_new_connection_has_the_old_configuration_after_a_reload(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The workers of the old one have closed their listening sockets by then."""
+    monkeypatch.setattr("hybridkex.apps.tunnel.workers.SURE_SECONDS", 0.1)
     slow = (
         "import os\n"
         "orders = int.from_bytes(control.recv(4, socket.MSG_WAITALL), 'big')\n"
@@ -455,8 +459,11 @@ async def test_a_signal_ends_a_service_that_waits_for_an_old_worker(
     assert ended == [signal.SIGTERM]
 
 
-async def test_what_one_process_uses_is_refused_until_the_restart(tmp_path: Path) -> None:
+async def test_what_one_process_uses_is_refused_until_the_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With one worker, too: old workers stay beside it."""
+    monkeypatch.setattr("hybridkex.apps.tunnel.workers.SURE_SECONDS", 0.1)
     settings = two_workers(tmp_path)
     pool = WorkerPool([sys.executable, "-c", ONE_THAT + "say(ready=True); time.sleep(60)"])
     with trio.fail_after(PATIENCE):

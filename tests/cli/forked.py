@@ -79,8 +79,9 @@ def become(request: dict[str, Any]) -> NoReturn:
         os.setgroups([])
         os.setgid(NOBODY)
         os.setuid(NOBODY)
-    if request["patience"] is not None:
-        importlib.import_module("hybridkex.cli.threads").PATIENCE = request["patience"]
+    for name, constant in request["constants"].items():
+        module, _, attribute = name.rpartition(".")
+        vars(importlib.import_module(module))[attribute] = constant
     sys.argv = ["hybridkex", *request["words"]]
     try:
         status = importlib.import_module(request["program"]).main()
@@ -220,7 +221,7 @@ class Forkserver:
         stderr: IO[bytes] | None = None,
         unprivileged: bool = False,
         limits: Mapping[str, int] | None = None,
-        patience: float | None = None,
+        constants: Mapping[str, float] | None = None,
         without: Sequence[str] = (),
         to_the_end: bool = False,
         program: str = "hybridkex.cli",
@@ -237,7 +238,8 @@ class Forkserver:
             unprivileged: run as nobody, if the tests run as root, who may read every file.
             limits: of the process (getrlimit(2)); of RLIMIT_AS what it may have beside what it has
                 at its beginning.
-            patience: seconds that it waits for a new thread to begin, if not the usual ones.
+            constants: other values of modules' constants, by ``module.NAME``: intervals that a
+                test would wait for.
             without: packages that are not there.
             to_the_end: take the interpreter apart as always, which writes once more what it could
                 not write before; 0.1 s.
@@ -249,7 +251,7 @@ class Forkserver:
             "environment": dict(environment or {}),
             "unprivileged": unprivileged,
             "limits": dict(limits or {}),
-            "patience": patience,
+            "constants": dict(constants or {}),
             "without": list(without),
             "to_the_end": to_the_end,
             "program": program,

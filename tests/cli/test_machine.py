@@ -223,7 +223,8 @@ def limited(place: Path, limits: dict[str, int]) -> dict[str, Any]:
         "folder": place,
         "limits": limits,
         "unprivileged": "RLIMIT_NPROC" in limits,
-        "patience": 0.2,  # a thread that would begin later is refused as well
+        # A thread that would begin later is refused as well.
+        "constants": {"hybridkex.cli.threads.PATIENCE": 0.2},
     }
 
 

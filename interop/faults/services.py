@@ -116,7 +116,7 @@ class Service(ABC):
                         for process in self.processes
                     )
                     raise Broken(f"{what}: does not work again: {error!r}\n{logs}") from None
-                time.sleep(0.2)
+                time.sleep(0.05)
             else:
                 return
 
@@ -440,7 +440,7 @@ class WgPsk(Service):
         before = self._keys()
         deadline = time.monotonic() + ANSWER
         while time.monotonic() < deadline:
-            time.sleep(0.1)
+            time.sleep(0.02)
             first, second = self._keys()
             if first == second and first is not None and first not in before:
                 return

@@ -100,19 +100,21 @@ def test_two_sites_under_faults(store: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("store", "mutant", "kinds"),
+    ("store", "mutant", "kinds", "seconds"),
     [
-        ("postgresql", "answer-early", ("kill_database",)),
-        ("sqlite", "answer-early", ("kill",)),
-        ("sqlite", "forget-deliveries", ("clock",)),
+        ("postgresql", "answer-early", ("kill_database",), 5.0),
+        ("sqlite", "answer-early", ("kill",), 2.0),
+        ("sqlite", "forget-deliveries", ("clock",), 2.0),
     ],
 )
-def test_a_faulty_kme_is_found(store: str, mutant: str, kinds: tuple[str, ...]) -> None:
-    """What it says is lost only if the moment of a fault suits: there are several runs."""
+def test_a_faulty_kme_is_found(
+    store: str, mutant: str, kinds: tuple[str, ...], seconds: float
+) -> None:
+    """What it says is lost only if the moment of a fault suits: there are several short runs."""
     manner = Manner(quick=True, mutant=mutant)
     found: list[str] = []
-    for seed in range(5):
-        plan = {"seconds": 5, "at_once": 0.3, "kinds": kinds, "manner": manner, "seed": seed}
+    for seed in range(12):
+        plan = {"seconds": seconds, "at_once": 0.3, "kinds": kinds, "manner": manner, "seed": seed}
         found = outcome_of(store, **plan).verdict.violations
         if found:
             break

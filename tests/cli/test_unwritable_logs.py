@@ -92,6 +92,7 @@ def test_a_reader_that_has_stopped(hybridkex: Forkserver, tmp_path: Path, keys: 
             *("listen", "0", "--echo", "--port-file", port_file, "--keylog", key_log),
             *("--cert", keys / "cert.pem", "--key", keys / "key.pem"),
             stderr=stderr,
+            constants={"hybridkex.cli.standard_streams.PATIENCE": 0.2},
             to_the_end=True,
         )
     until(lambda: port_file.exists() and port_file.read_text())

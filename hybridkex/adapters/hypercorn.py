@@ -23,6 +23,10 @@ from hybridkex.tls.config import ServerConfig, check_config
 
 __all__ = ["serve"]
 
+LOST_SECONDS = 0.1
+"""The time that a connection has to end once its transport is gone, before its tasks are
+cancelled."""
+
 
 async def serve(
     app: ASGIFramework,
@@ -51,18 +55,23 @@ async def serve(
     check_config(config, ServerConfig)
     settings, state = settings or Config(), dict[str, Any]()
     loop, wrapped = asyncio.get_running_loop(), wrap_app(app, settings.wsgi_max_body_size, None)
-    context, connections = WorkerContext(None), set[asyncio.Task[None]]()
+    context, connections = WorkerContext(None), dict[asyncio.Task[None], asyncio.StreamWriter]()
 
     async def connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
-        connections.add(task)
-        task.add_done_callback(connections.discard)
-        # asyncio would report both: we cancel, below, and hypercorn does not catch the ssl.SSLError
+        connections[task] = writer
+        task.add_done_callback(connections.pop)
+        # asyncio would report them: we cancel, below, and hypercorn does not catch the ssl.SSLError
         # of a connection that ended with a record that is not authentic.
         with suppress(asyncio.CancelledError, ConnectionError):
-            # asyncio releases the transport with its connection, whatever hypercorn's task does.
-            await TCPServer(wrapped, loop, settings, context, state, reader, writer)
+            try:
+                # asyncio releases the transport with its connection, whatever hypercorn's task does.
+                await TCPServer(wrapped, loop, settings, context, state, reader, writer)
+            except ExceptionGroup as group:
+                # hypercorn starts a task in a group that is cancelled (its pull request 374).
+                if not context.terminated.is_set() or group.split(RuntimeError)[1] is not None:
+                    raise
 
     async with _lifespan(Lifespan(wrapped, settings, loop, state)):
         server = await start_server(
@@ -80,8 +89,16 @@ async def serve(
             await context.terminated.set()
             if connections:
                 _, late = await asyncio.wait(connections, timeout=settings.graceful_timeout)
+                if late:
+                    for task in late:
+                        connections[task].transport.abort()
+                    # Under HTTP/2, an application that is cancelled before hypercorn has told it
+                    # that the connection is lost waits for ever to send its last event.
+                    _, late = await asyncio.wait(late, timeout=LOST_SECONDS)
                 for task in late:
                     task.cancel()
+                if late:
+                    await asyncio.wait(late, timeout=settings.graceful_timeout)
 
 
 @asynccontextmanager

@@ -25,6 +25,7 @@ import httpx
 import pytest
 import trio
 import uvicorn
+from h2.connection import H2Connection
 from hypercorn.config import Config
 from waiting import asyncio_until
 
@@ -437,7 +438,20 @@ def test_workers_of_uvicorn(tmp_path: Path, free_tcp_port: int) -> None:
         process.communicate(timeout=30)
 
 
-@pytest.mark.parametrize("when", ["the application starts", "a request is served"])
+def request_of_http_2() -> bytes:
+    connection = H2Connection()
+    connection.initiate_connection()
+    connection.send_headers(
+        1,
+        [(":method", "GET"), (":path", "/"), (":scheme", "https"), (":authority", "localhost")],
+        end_stream=True,
+    )
+    return connection.data_to_send()
+
+
+@pytest.mark.parametrize(
+    "when", ["the application starts", "a request is served", "a request of HTTP/2 is served"]
+)
 def test_hypercorn_is_cancelled_while(when: str) -> None:
     """No task is left, and the event loop has nothing to report."""
     reached = asyncio.Event()
@@ -454,26 +468,29 @@ def test_hypercorn_is_cancelled_while(when: str) -> None:
         loop.set_exception_handler(lambda _, context: told.append(context))
         settings, port = Config(), loop.create_future()
         settings.graceful_timeout = 0.1
+        alpn = ("h2",) if "HTTP/2" in when else ()
         running = loop.create_task(
             serve(
                 slow,
                 0,
-                server_config(),
+                server_config(*alpn),
                 host="127.0.0.1",
                 settings=settings,
                 started=port.set_result,
             )
         )
-        if when == "a request is served":
-            _, writer = await open_connection("localhost", await port, client_config())
-            writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        if when != "the application starts":
+            _, writer = await open_connection("localhost", await port, client_config(*alpn))
+            writer.write(request_of_http_2() if alpn else b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
         await reached.wait()
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
             await running
-        if when == "a request is served":
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        if when != "the application starts":
             writer.close()
-            await writer.wait_closed()
+            with suppress(ConnectionError):
+                await writer.wait_closed()
         await asyncio.sleep(0.05)
         assert asyncio.all_tasks() == {asyncio.current_task()}
         assert told == []

@@ -66,7 +66,7 @@ async def serve(
         # of a connection that ended with a record that is not authentic.
         with suppress(asyncio.CancelledError, ConnectionError):
             try:
-                # asyncio releases the transport with its connection, whatever hypercorn's task does.
+                # asyncio releases the transport with its connection, whatever this task does.
                 await TCPServer(wrapped, loop, settings, context, state, reader, writer)
             except ExceptionGroup as group:
                 # hypercorn starts a task in a group that is cancelled (its pull request 374).

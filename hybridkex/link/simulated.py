@@ -49,9 +49,9 @@ def attack(
 
     Raises ``ConfigError`` for an Eve that does not exist, or cannot attack this source.
     """
-    if eve in (None, "none", "mitm"):
+    if eve is None or instance("eve", eve, str) in ("none", "mitm"):
         return None, None
-    name, _, detail = instance("eve", eve, str).partition(":")
+    name, _, detail = eve.partition(":")
     if name == "tamper":
         if not (detail.isdecimal() and len(detail) <= 18):
             raise ConfigError(
@@ -63,7 +63,7 @@ def attack(
             f"no eavesdropper {eve!r}: use intercept:SHARE, split:SHARE, pns, mitm, tamper:BYTE "
             "or none"
         )
-    return eavesdropper(instance("eve", eve, str), channel, transmitter), None
+    return eavesdropper(eve, channel, transmitter), None
 
 
 class SimulatedLink:
@@ -90,11 +90,11 @@ class SimulatedLink:
         if fading is not None and not callable(fading):
             raise ConfigError("fading takes a function of the time, such as a SatellitePass")
         self._observer = observer
-        self._eve = None if eve == "none" else eve
         self._seed = seed
         self._bootstrap = one_of("bootstrap", bootstrap, BOOTSTRAPS)
         channel, transmitter = settings.preset.channel, settings.preset.transmitter
         light, self._tampered = attack(eve, channel, transmitter)
+        self._eve = None if eve == "none" else eve
         if fading is not None and self._eve:
             raise ConfigError("an eavesdropper cannot be combined with a fluctuating channel")
         self._link = OpticalLink(

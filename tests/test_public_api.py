@@ -53,7 +53,8 @@ def members(name: str, thing: object) -> Iterator[tuple[str, object]]:
     """A class's public methods and properties: its own, and those of a base that is not public."""
     if not inspect.isclass(thing) or issubclass(thing, Enum):
         return
-    shared = [vars(base) for base in thing.__mro__[1:] if base.__module__ in SHARED]
+    bases = thing.__mro__[1:]
+    shared = [vars(one) for one in bases if one.__module__ in SHARED or one.__name__[0] == "_"]
     for member, value in [one for part in (vars(thing), *shared) for one in part.items()]:
         if member.startswith("_") or member in getattr(thing, "__dataclass_fields__", {}):
             continue

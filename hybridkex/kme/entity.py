@@ -368,7 +368,7 @@ class KeyManagementEntity:
                 await self._tell_void(link, key_ids)
                 raise
             self._metrics.delivered.labels(self.kme_id, "master", master).inc(len(keys))
-            self._tell(fields, "%s drew %d keys for %s", master, len(keys), ", ".join(slaves))
+            self._log_keys(fields, "%s drew %d keys for %s", master, len(keys), ", ".join(slaves))
             return KeyContainer(
                 keys=tuple(DeliveredKey(key_id=one.key_id, key=key) for one, key in keys)
             )
@@ -386,7 +386,7 @@ class KeyManagementEntity:
         event_of = {"event": event, "kme": self.kme_id, "link": link}
         return {**event_of, **parties, "key_ids": list(key_ids)}
 
-    def _tell(self, fields: Mapping[str, Any], text: str, *args: object) -> None:
+    def _log_keys(self, fields: Mapping[str, Any], text: str, *args: object) -> None:
         """Log an event in the life of keys, with their IDs."""
         ids = ", ".join(fields["key_ids"])
         LOG.info(f"%s: {text}: %s", self.kme_id, *args, ids, extra={"fields": fields})
@@ -547,7 +547,7 @@ class KeyManagementEntity:
             return
         self._metrics.lost.labels(self.kme_id, link.target, reason).inc(len(key_ids))
         fields = self._fields(reason, link.target, key_ids)
-        self._tell(fields, "erased keys of the link to %s, %s", link.target, reason)
+        self._log_keys(fields, "erased keys of the link to %s, %s", link.target, reason)
         text = "%s: %d keys of the link to %s are lost and erased: %s"
         told = self.kme_id, len(key_ids), link.target, LOST[reason]
         self.log.log(logging.WARNING, text, *told)
@@ -586,7 +586,7 @@ class KeyManagementEntity:
         fields = self._fields("collected", link.target, collected, master, [slave])
         await self._note_delivery(link, collected, fields)
         self._metrics.delivered.labels(self.kme_id, "slave", slave).inc(len(found))
-        self._tell(fields, "%s collected %d keys of %s", slave, len(found), master)
+        self._log_keys(fields, "%s collected %d keys of %s", slave, len(found), master)
         return KeyContainer(
             keys=tuple(DeliveredKey(key_id=key_id, key=key) for key_id, key in found)
         )
@@ -634,7 +634,7 @@ class KeyManagementEntity:
         ids = [one.key_id for one in message.allotments]
         fields = self._fields("promised", peer, ids, message.master, message.slaves)
         text = "promised %d keys of the link to %s, which %s drew, to %s"
-        self._tell(fields, text, len(ids), peer, message.master, ", ".join(message.slaves))
+        self._log_keys(fields, text, len(ids), peer, message.master, ", ".join(message.slaves))
         link.note_gone(sum(len(one.blocks) for one in message.allotments))
 
     async def peer_voids(self, peer: str, key_ids: Sequence[str]) -> None:
@@ -736,7 +736,7 @@ class KeyManagementEntity:
         await self._store.add(link.target, keys, shared=shared)
         ids = [item.key_id for item in batch]
         fields = self._fields("stored", link.target, ids)
-        self._tell(fields, "stored %d keys of the link to %s", len(ids), link.target)
+        self._log_keys(fields, "stored %d keys of the link to %s", len(ids), link.target)
 
     async def maintain(self, every: float = 10.0) -> None:
         """Erase old keys, reconcile with the other ends and count keys, forever."""

@@ -37,7 +37,7 @@ DETECTIONS_PER_BIT: Final = 25.0
 
 RESTARTS: Final = 5
 """The most restarts of the search from its result; it ends when one gives no better rate."""
-ROUGH: Final = 1e-3
+ROUGH: Final = 1e-4
 """The tolerance of the searches from the starting points, of which the best one goes on."""
 NO_KEY: Final = 100.0
 """The loss where there is no key, above that of every rate."""
@@ -209,22 +209,26 @@ def optimise(
         found = minimize(loss, start, method="Nelder-Mead", options=options)
         return float(found.fun), found.x
 
-    def rough_search(start: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        least, best = search(start, max(ROUGH, tolerance))
-        # Where there is no key, the loss is nearly flat, and a rough search ends at once.
-        return (least, best) if least < NO_KEY else search(best)
+    def arrive(
+        start: NDArray[np.float64], tolerance: float = tolerance
+    ) -> tuple[float, NDArray[np.float64]]:
+        least, best = search(start, tolerance)
+        if least >= NO_KEY:  # nearly flat, so that a rough search ends at once
+            least, best = search(best)
+        for _ in range(RESTARTS):  # a simplex may shrink before it has arrived
+            before, (least, best) = least, search(best, tolerance)
+            if before - least < 100.0 * tolerance:
+                break
+        return least, best
 
     starts = STARTS[0 if pairs else intensities] if near is None else (_start(near),)
     if pairs is None and channel.gain(0.5) * channel.dead_pulses > 0.5:
         starts += DEAD_STARTS[intensities]
-    least, best = min(
-        (rough_search(_free(start, pairs is not None)) for start in starts), key=lambda one: one[0]
+    rough = max(ROUGH, tolerance)
+    _, best = min(
+        (arrive(_free(start, pairs is not None), rough) for start in starts), key=lambda one: one[0]
     )
-    for _ in range(RESTARTS):  # a simplex may shrink before it has arrived
-        again, there = search(best)
-        better, least, best = least - again, min(least, again), there
-        if better < 100.0 * tolerance:
-            break
+    _, best = arrive(best)
     transmitter = _source(best, pairs)
     length, pulses = expected(transmitter, smooth=False)
     if length.real <= 0.0:

@@ -29,7 +29,7 @@ from hybridkex.link.ranges import (
     records,
     within,
 )
-from hybridkex.link.scan import COLUMNS, ERROR, SETTINGS
+from hybridkex.link.scan import COLUMNS, SETTINGS, failed
 from hybridkex.text import printable
 
 GYS_F: Final = 1.22
@@ -123,7 +123,7 @@ def plot_scan(
                 f"the scan has no column {name!r}: it has {', '.join(known) or 'none'}"
                 + ("; separate the columns of a .csv file by commas" if joined else "")
             )
-    rows = [row for row in rows if row.get(ERROR) is None]
+    rows = [row for row in rows if not failed(row)]
     values = {name: {_plain(row.get(name)) for row in rows} for name in known if name in SETTINGS}
     varied = [name for name, found in values.items() if len(found) > 1 and name not in by]
     along = next((name for name in (x, y) if name not in COLUMNS), "") or max(

@@ -302,6 +302,13 @@ def _seed(seed: int, number: int) -> int:
     return int.from_bytes(hashlib.sha256(f"scan {seed} {number}".encode()).digest()[:6])
 
 
+def failed(row: Mapping[str, Any]) -> bool:
+    """Whether a row says in words why it has no result. Other programs, such as pandas, have NaN or
+    an empty text where a row has none.
+    """
+    return isinstance(row.get(ERROR), str) and row[ERROR] != ""
+
+
 def scan(
     points: Sequence[Point],
     *,

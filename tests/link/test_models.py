@@ -16,7 +16,7 @@ from hybridkex.errors import BlockAborted, ConfigError, LinkError
 from hybridkex.link.eavesdroppers import PhotonNumberSplitting, eavesdropper
 from hybridkex.link.finite_key import Security, expected_counts, proof_for
 from hybridkex.link.optimise import expected_length, optimise, tuned
-from hybridkex.link.physics import PHOTONS, PairSource, gain_from_yields
+from hybridkex.link.physics import PHOTONS, Channel, PairSource, gain_from_yields
 from hybridkex.link.presets import PRESETS
 from hybridkex.link.quantum import OpticalLink
 from hybridkex.link.satellite import SatellitePass
@@ -121,6 +121,41 @@ async def test_small_blocks_end_in_keys_an_abort_or_one_line(
 def test_the_search_finds_a_way_out_of_where_there_is_no_key(name: str, distance: float) -> None:
     """Each starting point lies where 1,500 bits make no key."""
     assert tuned(PRESETS[name].at(distance), 1500)
+
+
+@pytest.mark.parametrize(
+    ("channel", "key_detections", "security"),
+    [
+        (
+            Channel(
+                distance_km=50.84739833994537,
+                receiver_efficiency=0.2957537582247763,
+                dark_count_probability=1.5172783681791636e-08,
+                misalignment=0.05734759220001402,
+                afterpulse_probability=0.04,
+            ),
+            4143531.0632126234,
+            None,
+        ),
+        (
+            Channel(
+                distance_km=73.93115319310898,
+                receiver_efficiency=0.14388454491848446,
+                dark_count_probability=1.6052723339387556e-06,
+                misalignment=0.01409109154816642,
+                afterpulse_probability=0.04,
+            ),
+            5723.422965704016,
+            Security(secrecy=4.1292918856082185e-12, correctness=1e-15),
+        ),
+    ],
+)
+def test_the_search_goes_on_where_the_first_simplex_shrank(
+    channel: Channel, key_detections: float, security: Security | None
+) -> None:
+    assert optimise(
+        channel, key_detections=key_detections, f=1.16, intensities=2, security=security
+    )
 
 
 def test_the_command_that_took_all_memory_takes_little_and_rare_key_bases_are_refused() -> None:

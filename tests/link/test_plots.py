@@ -364,3 +364,12 @@ def test_every_picture_shows_the_rows_of_its_scan_and_joins_only_neighbours(tmp_
                     joined |= {one, other}
             assert dots | joined == {one for one in some if all(map(math.isfinite, one))}
     assert pictures > 15
+
+
+@pytest.mark.parametrize("nothing", [None, math.nan, "", False])
+def test_other_programs_have_a_value_where_a_row_has_no_error(nothing: Any) -> None:
+    """pandas has NaN, where at least one row has an error."""
+    rows = [{"distance_km": n, "rate": 1e-3 / (n + 1), "error": nothing} for n in range(3)]
+    rows.append({"distance_km": 3, "rate": None, "error": "fibre: no key"})
+    _, axes = plots.plot_scan(rows)
+    assert list(axes.lines[0].get_xdata()) == [0, 1, 2]

@@ -22,7 +22,7 @@ from hybridkex.cli.qkd_scan import PlotOptions, ScanOptions
 from hybridkex.errors import ConfigError, LocalStateError
 from hybridkex.files import reserve_file
 from hybridkex.link.ranges import PICTURES, file_kind
-from hybridkex.link.scan import ERROR, SUFFIXES, grid, read_scan, scan, write_scan
+from hybridkex.link.scan import ERROR, SUFFIXES, failed, grid, read_scan, scan, write_scan
 from hybridkex.machine import write_error
 from hybridkex.text import printable
 
@@ -223,7 +223,7 @@ def plot(options: PlotOptions) -> int:
             raise
         raise ConfigError("this needs matplotlib: pip install 'hybridkex[plot]'") from None
     rows = [] if options.scan is None else read_scan(options.scan)
-    wrong = sum(row.get(ERROR) is not None for row in rows)
+    wrong = sum(map(failed, rows))
     if options.scan is not None:
         figure, _ = plot_scan(
             rows,

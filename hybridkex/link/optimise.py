@@ -37,7 +37,7 @@ DETECTIONS_PER_BIT: Final = 25.0
 
 RESTARTS: Final = 5
 """The most restarts of the search from its result; it ends when one gives no better rate."""
-ROUGH: Final = 1e-4
+ROUGH: Final = 1e-3
 """The tolerance of the searches from the starting points, of which the best one goes on."""
 NO_KEY: Final = 100.0
 """The loss where there is no key, above that of every rate."""
@@ -49,12 +49,23 @@ ANCHOR_KM: Final = 40.0
 CURVE_KM: Final = 2.0
 
 STARTS: Final = {
-    3: ((0.5, 0.2, 0.5, 0.6, 0.8), (0.5, 0.12, 0.3, 0.6, 0.95), (0.7, 0.3, 0.1, 0.5, 0.5)),
-    2: ((0.5, 0.2, 0.6, 0.9), (0.5, 0.15, 0.3, 0.97), (0.5, 0.2, 0.4, 0.7)),
+    3: (
+        (0.5, 0.2, 0.5, 0.6, 0.8),
+        (0.5, 0.12, 0.3, 0.6, 0.95),
+        (0.7, 0.3, 0.1, 0.5, 0.5),
+        (0.5, 0.1, 0.03, 0.9, 0.25),
+    ),
+    2: (
+        (0.5, 0.2, 0.6, 0.9),
+        (0.5, 0.15, 0.3, 0.97),
+        (0.5, 0.2, 0.4, 0.7),
+        (0.2, 0.02, 0.03, 0.22),
+    ),
     0: ((0.05, 0.9), (0.02, 0.6)),
 }
 """Starting points for each number of intensities: the intensities, all of their probabilities but
-the last, and the probability of the key basis. 0 stands for a source of pairs: its brightness."""
+the last, and the probability of the key basis. 0 stands for a source of pairs: its brightness.
+The last ones are for small blocks."""
 DEAD_STARTS: Final = {
     3: ((0.1, 0.04, 0.5, 0.6, 0.9), (0.2, 0.05, 0.3, 0.6, 0.95)),
     2: ((0.1, 0.04, 0.6, 0.9), (0.2, 0.05, 0.3, 0.95), (0.3, 0.1, 0.4, 0.9)),

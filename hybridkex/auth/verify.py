@@ -389,7 +389,8 @@ def _normal_pins(pins: Iterable[str]) -> frozenset[str]:
 def _normal_pin(pin: str) -> str:
     if not isinstance(pin, str):
         raise ConfigError(f"a pin is a string, not {described(pin)}")
-    text = re.sub(r"^sha256(//|/|:)", "", pin.strip())
+    # In base64, the first character may be a slash, too.
+    text = re.sub(r"^sha256(//|/|:)(?=.{44}$|[\da-fA-F:]+$)", "", pin.strip())
     bare = text.replace(":", "")
     try:
         digest = bytes.fromhex(bare) if len(bare) == 64 else base64.b64decode(text, validate=True)

@@ -785,8 +785,13 @@ def test_pins_beside_authorities() -> None:
     refused([GOOD], Alert.CERTIFICATE_UNKNOWN, "which is not pinned", store=wrong, client=True)
 
 
-def test_how_a_pin_is_written() -> None:
-    digest = bytes.fromhex(spki_sha256(GOOD))
+@pytest.mark.parametrize(
+    "digest",
+    [bytes.fromhex(spki_sha256(GOOD)), b"\xff" * 32, b"\xfc" + bytes(31)],
+    ids=["usual", "slashes", "slash"],
+)
+def test_how_a_pin_is_written(digest: bytes) -> None:
+    """In base64, two of them begin with a slash."""
     in_base64 = base64.b64encode(digest).decode()
     for text in (
         digest.hex(),

@@ -82,7 +82,7 @@ def test_an_errand(errand: str, tmp_path: Path) -> None:
     assert tests
     result = run(
         sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k",
-        "not no_extra_is_needed", *tests, cwd=tmp_path,
+        "not no_extra_is_needed", "--basetemp", str(tmp_path / "tmp"), *tests, cwd=tmp_path,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     assert re.search(r"\d+ passed", result.stdout)

@@ -79,8 +79,10 @@ def test_the_suite_notices(mutation: str, tmp_path: Path) -> None:
     for name in (LEGS, "rndl_glue.py"):
         shutil.copy(ROOT / "tests/demos/rndl" / name, tmp_path)
     command = [sys.executable, "-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider", LEGS]
+    # With a folder of its own, it does not delete those of earlier runs when it ends.
+    folders = ["--rootdir", str(tmp_path), "--basetemp", str(tmp_path / "tmp")]
     process = subprocess.run(
-        [*command, "-c", os.devnull, "--rootdir", str(tmp_path)],
+        [*command, "-c", os.devnull, *folders],
         cwd=tmp_path,
         env={
             **os.environ,

@@ -324,16 +324,20 @@ def warmed_block(length: int, number: int) -> dict[str, float]:
     return whole_block(length, number)
 
 
+def new_processes(count: int) -> ProcessPoolExecutor:
+    """Processes that have held nothing yet: a peak of memory is that of a process's whole life."""
+    return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
+
+
 def of_whole_blocks() -> dict[str, Any]:
-    spawn = multiprocessing.get_context("spawn")
     alone = []
     for length in END_TO_END:
-        with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        with new_processes(1) as pool:
             alone.append(pool.submit(warmed_block, length, 0).result())
         print(f"{length:,} sifted bits: {alone[-1]['cpu_s']:.2f} s", flush=True)
     parallel = {}
     for cores in (1, 2):
-        with ProcessPoolExecutor(cores, mp_context=spawn) as pool:
+        with new_processes(cores) as pool:
             # Each process makes the orders of Cascade's passes once, and keeps them.
             list(pool.map(warmed_block, [BLOCK] * 2 * cores, range(100, 100 + 2 * cores)))
             began = time.perf_counter()

@@ -210,11 +210,11 @@ class Transmitter:
 
     def response(self, channel: Channel, light: Light | None = None) -> list[tuple[float, float]]:
         """See :class:`Source`."""
-        if light is None:
-            return [(channel.gain(k), channel.error(k)) for k in self.intensities]
-        return [
-            channel.seen(gain_from_yields(light, k), light.signal_error) for k in self.intensities
-        ]
+        if light is None:  # the optimiser calls this most of all
+            eta, wrong = channel.eta, channel.misalignment
+            return [channel.seen(-math.expm1(-eta * k), wrong) for k in self.intensities]
+        wrong = light.signal_error
+        return [channel.seen(gain_from_yields(light, k), wrong) for k in self.intensities]
 
     def mean_gain(self, channel: Channel) -> float:
         """See :class:`Source`."""

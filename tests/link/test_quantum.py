@@ -51,6 +51,19 @@ def expected_table(channel: Channel, transmitter: Transmitter) -> "np.ndarray":
     return np.array(cells)
 
 
+@pytest.mark.parametrize("name", ["lim2014", "rusca2018"])
+def test_the_response_of_a_laser_is_computed_once_for_each_intensity(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The search for settings does it thousands of times."""
+    channel, source = PRESETS[name].channel, PRESETS[name].transmitter
+    expected = [(channel.gain(k), channel.error(k)) for k in source.intensities]
+    asked, seen = [], Channel.seen
+    monkeypatch.setattr(Channel, "seen", lambda *given: asked.append(given) or seen(*given))
+    assert source.response(channel) == expected
+    assert len(asked) == len(source.intensities)
+
+
 @pytest.mark.parametrize("name", ["lim2014", "rusca2018", "gys2005", "boaron2018"])
 @pytest.mark.parametrize("distance", [0, 50, 100])
 def test_detections_follow_the_closed_forms(name: str, distance: float) -> None:

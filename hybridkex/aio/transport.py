@@ -23,8 +23,9 @@ import logging
 import threading
 from asyncio import constants, transports
 from collections import deque
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from enum import Enum, auto
+from functools import partial
 from typing import Any, Final, cast
 
 from hybridkex.aio.failures import SecureConnectionTimeout, connection_error
@@ -39,6 +40,7 @@ from hybridkex.errors import (
     TruncationError,
 )
 from hybridkex.net.budget import Connection
+from hybridkex.net.event_loop import ask
 from hybridkex.net.log import BoundedLog
 from hybridkex.secret import Secret
 from hybridkex.shell.answers import Answers
@@ -324,38 +326,36 @@ class SecureTransport(transports._FlowControlMixin):
         self._resume_raw()
         self._timer = self._loop.call_later(self._handshake_timeout, self._handshake_late)
         if self._answers.waits_to_begin:
-            self._wait_for(self._answers.begin())
+            self._wait_for(self._answers.begin)
         else:
-            self._begin()
+            self._advance_handshake(begin=True)
 
-    def _begin(self) -> None:
-        self._answers.begin_at_once()
-        self._advance_handshake()
-
-    def _advance_handshake(self) -> None:
+    def _advance_handshake(self, *, begin: bool = False) -> None:
         """Process the handshake messages that have been received."""
         connection = self._connection
         complete = connection.handshake_complete
         try:
+            if begin:
+                self._answers.begin_at_once()
             while not complete and (event := connection.next_event()) is not None:
                 if isinstance(event, SessionProposed) and not self._answers.waits(event):
                     self._answers.give_at_once(event)
                     complete = connection.handshake_complete
                 elif isinstance(event, PskWanted | SessionProposed):
                     self._send_output()
-                    self._wait_for(self._answers.give(event))
+                    self._wait_for(partial(self._answers.give, event))
                     return
-        except HybridkexError as error:
-            self._fail(error)
+        except _FAULTS as error:
+            self._answers_failed(error)
             return
         self._send_output()
         if connection.handshake_complete:
             self._open()
 
-    def _wait_for(self, answer: Coroutine[Any, Any, None]) -> None:
+    def _wait_for(self, answer: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Wait for a key source or a file, with reading paused."""
         self._pause_raw()
-        self._task = self._loop.create_task(answer)
+        self._task = self._loop.create_task(ask(answer))
         self._task.add_done_callback(self._answered)
 
     def _answered(self, task: "asyncio.Task[None]") -> None:
@@ -366,14 +366,18 @@ class SecureTransport(transports._FlowControlMixin):
         assert self._raw is not None
         if task.cancelled():
             self._give_up("the wait for a PSK source or verifier was cancelled")
-        elif isinstance(error, HybridkexError):
-            self._fail(error)
         elif error is not None:
-            self._report("a PSK source or verifier failed", error)
-            self._give_up("a PSK source or verifier failed")
+            self._answers_failed(error)
         elif not self._raw.is_closing():  # else connection_lost follows
             self._resume_raw()
             self._advance_handshake()
+
+    def _answers_failed(self, error: BaseException) -> None:
+        if isinstance(error, HybridkexError):
+            self._fail(error)
+        else:
+            self._report("a PSK source or verifier failed", error)
+            self._give_up("a PSK source or verifier failed")
 
     def _handshake_late(self) -> None:
         error = HandshakeTimeout(f"no handshake within {self._handshake_timeout:g} seconds")

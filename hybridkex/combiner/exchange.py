@@ -32,6 +32,7 @@ import hmac
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final, Literal, Protocol, get_args
 
 import trio
@@ -59,7 +60,7 @@ from hybridkex.errors import (
     TruncationError,
 )
 from hybridkex.machine import broken
-from hybridkex.net.event_loop import in_thread
+from hybridkex.net.event_loop import ask, in_thread
 from hybridkex.net.reading import EndOfStream, read_exactly
 from hybridkex.qkd.psk import identity_of, name_of
 from hybridkex.qkd.source import KeySource, QkdKey
@@ -374,7 +375,7 @@ class _Run:
             await self._send(keys.initiator)
             return self._result(keys, verified)
 
-        qkd = await config.key_source.get_key()
+        qkd = await ask(config.key_source.get_key)
         name = identity_of(qkd.name)
         with_qkd = self._keys(
             SHA256.digest(digest + name), [*legs, Leg(name="QKD", secret=qkd.key, offer=name)]
@@ -414,7 +415,7 @@ class _Run:
         name = name_of(identity)
         if name is None or not config.key_source.knows(name):
             raise IllegalParameter("the peer named a QKD key of KMEs that are not ours")
-        qkd = await config.key_source.get_key_with_id(name)
+        qkd = await ask(partial(config.key_source.get_key_with_id, name))
         with_qkd = self._keys(
             SHA256.digest(digest + identity),
             [*legs, Leg(name="QKD", secret=qkd.key, offer=identity)],

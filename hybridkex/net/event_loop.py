@@ -8,12 +8,13 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
-from types import ModuleType
+from types import ModuleType, coroutine
 from typing import Any, Final, TypeAlias, TypeVar
 
+from hybridkex.machine import leaves
 from hybridkex.net.threads import Call, NoThread, run
 
 T = TypeVar("T")
@@ -150,8 +151,60 @@ def _from_threads() -> _Soon:
     return soon
 
 
+async def ask(source: Callable[[], Awaitable[T]]) -> T:
+    """Await a call of a key source, or of another object that is not ours.
+
+    Our own cancellation passes, and so does what ends the program. Any other exception that would
+    pass ``except Exception`` is an error of the source: above all a cancellation of somebody else,
+    such as of a task that the source has waited for. Our caller would seem to be cancelled.
+
+    Raises:
+        RuntimeError: such an exception; it is the ``__cause__``.
+    """
+    task = _current_task()
+    cancellation, is_cancelled = _cancellation_of(task)
+    try:
+        return await source()
+    except Exception:
+        raise
+    except BaseException as error:
+        found = list(leaves(error))
+        closed = _current_task() is not task  # GeneratorExit: nobody runs us any more
+        if closed or any(isinstance(one, KeyboardInterrupt | SystemExit) for one in found):
+            raise
+        ours = [one for one in found if isinstance(one, cancellation)] if is_cancelled() else []
+        if ours:
+            raise ours[0] from None
+        name = type(error).__name__
+        raise RuntimeError(f"the source raised {name}, and its caller was not cancelled") from error
+
+
+def _current_task() -> Any:
+    """The task that runs, if one does."""
+    if (trio := _trio()) is not None:
+        return trio.lowlevel.current_task()
+    asyncio = sys.modules.get("asyncio")
+    running = asyncio is not None and asyncio._get_running_loop() is not None
+    return _asyncio().current_task() if running else None
+
+
+def _cancellation_of(task: Any) -> tuple[type[BaseException], Callable[[], bool]]:
+    """The exception that cancels the running task, and whether it has been cancelled since."""
+    if (trio := _trio()) is not None:
+        return trio.Cancelled, lambda: trio.current_effective_deadline() == -math.inf
+    if task is None:  # a coroutine without an event loop
+        return BaseException, lambda: True
+    # A cancellation that is still to be delivered is counted already.
+    before = task.cancelling() - task._must_cancel
+    return _asyncio().CancelledError, lambda: task.cancelling() > before
+
+
 async def shielded(function: Callable[[], Awaitable[T]]) -> T:
-    """Run an asynchronous function to completion even if the caller is cancelled."""
+    """Run an asynchronous function to completion even if the caller is cancelled.
+
+    On asyncio, a program can cancel all tasks of its loop and go on. The function is started again
+    then, so it must bear that.
+    """
     if (trio := _trio()) is not None:
         with trio.CancelScope(shield=True):
             return await function()
@@ -160,13 +213,15 @@ async def shielded(function: Callable[[], Awaitable[T]]) -> T:
     async def run() -> T:
         return await function()
 
-    task: Any = asyncio.ensure_future(run())
+    task: Any = None
     cancelled: BaseException | None = None
-    while not task.done():
-        try:
-            await asyncio.wait((task,))
-        except asyncio.CancelledError as error:
-            cancelled = error
+    while task is None or (task.cancelled() and task.cancelling()):
+        task = asyncio.ensure_future(run())
+        while not task.done():
+            try:
+                await asyncio.wait((task,))
+            except asyncio.CancelledError as error:
+                cancelled = error
     if cancelled is not None:
         if not task.cancelled():
             task.exception()  # the caller gets the cancellation, not this error
@@ -177,6 +232,8 @@ async def shielded(function: Callable[[], Awaitable[T]]) -> T:
 
 class Background:
     """A task beside its maker, which must cancel it; it ends with the loop at the latest.
+
+    ``function`` is always begun: a cancellation is delivered where it waits first, or later.
 
     Args:
         function: what to run. It handles its own errors: nobody waits for it.
@@ -196,7 +253,9 @@ class Background:
             self._scope: Any = trio.CancelScope()
             trio.lowlevel.spawn_system_task(self._run)
         else:
-            self._scope = _asyncio().ensure_future(self._run_on_asyncio())
+            run = self._run_on_asyncio()
+            run.send(None)  # up to _first_step
+            self._scope = _asyncio().ensure_future(run)
 
     def cancel(self) -> None:
         """End it where it waits next; it may be over."""
@@ -208,12 +267,27 @@ class Background:
             await self._function()
 
     async def _run_on_asyncio(self) -> None:
+        asyncio = _asyncio()
+        try:
+            await _first_step()
+        except asyncio.CancelledError:
+            asyncio.current_task().cancel()  # again
         try:
             await self._function()
-        except _asyncio().CancelledError:
+        except asyncio.CancelledError:
             if self._cancelled is not None:
                 await self._cancelled()
             raise
+
+
+@coroutine
+def _first_step() -> Generator[None, None, None]:
+    """Wait for the first step of an asyncio task.
+
+    A coroutine gets here before it has a task. asyncio does not enter the coroutine of a task that
+    is cancelled before its first step, so that no ``finally`` of it would run.
+    """
+    yield
 
 
 class Event:

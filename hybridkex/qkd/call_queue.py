@@ -5,7 +5,7 @@ must flush its disk before it answers flushes once for a group, and nobody waits
 """
 
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Final, Generic, TypeVar
 
 from hybridkex.errors import KeySourceUnavailable
@@ -105,8 +105,10 @@ class CallQueue:
             await call.ended.wait()
         except BaseException:
             if call.begun:
-                await shielded(call.ended.wait)
-                call.abandon()
+                try:
+                    await shielded(call.ended.wait)
+                finally:  # on asyncio, shielded() raises a second cancellation
+                    call.abandon()
             else:
                 self._waiting.remove(call)
             raise
@@ -130,6 +132,8 @@ class CallQueue:
                 await self._next()
         finally:
             self._worker = None
+            self._end(self._waiting)
+            self._waiting.clear()
             self._idle.set()
 
     async def _next(self) -> None:
@@ -146,7 +150,12 @@ class CallQueue:
                 if call.error is None:
                     call.fail(error)
         finally:
-            for call in group:
-                if not call.has_value and call.error is None:  # the loop is about to end
-                    call.error = KeySourceUnavailable("the key store was stopped")
-                call.ended.set()
+            self._end(group)
+
+    @staticmethod
+    def _end(calls: Iterable[Call[Any]]) -> None:
+        for call in calls:
+            call.begun = True
+            if not call.has_value and call.error is None:  # the worker was cancelled
+                call.error = KeySourceUnavailable("the key store was stopped")
+            call.ended.set()

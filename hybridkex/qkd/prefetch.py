@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from hybridkex.errors import ConfigError, KeySourceError, KeySourceExhausted
-from hybridkex.net.event_loop import Event, checkpoint_if_cancelled, current_time, sleep
+from hybridkex.net.event_loop import Event, ask, checkpoint_if_cancelled, current_time, sleep
 from hybridkex.qkd.source import KeyReference, KeySource, QkdKey, SourceStatus
 from hybridkex.text import get_logger
 
@@ -116,7 +116,7 @@ class PrefetchSource:
             self._drop_old()
             try:
                 while len(self._ready) < self._config.high:
-                    key = await self._source.get_key()
+                    key = await ask(self._source.get_key)
                     self._ready.append((current_time() + self._config.ttl, key))
                     wait = self._config.retry_after
             except KeySourceError as error:

@@ -7,7 +7,7 @@ nothing else.
 from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
-from hybridkex.net.event_loop import Background
+from hybridkex.net.event_loop import Background, ask
 
 T = TypeVar("T")
 
@@ -25,7 +25,7 @@ class Inquiry(Generic[T]):
         self._answered = answered
         self._answers: list[T] = []
         self._error: Exception | None = None
-        self._task = Background(self._run)
+        self._task = Background(self._run, cancelled=self._cancelled)
 
     @property
     def over(self) -> bool:
@@ -43,7 +43,11 @@ class Inquiry(Generic[T]):
 
     async def _run(self) -> None:
         try:
-            self._answers.append(await self._ask())
+            self._answers.append(await ask(self._ask))
         except Exception as error:
             self._error = error
+        self._answered()
+
+    async def _cancelled(self) -> None:
+        self._error = RuntimeError("the question was cancelled")
         self._answered()

@@ -24,7 +24,7 @@ from hybridkex.errors import (
     PeerError,
     UnknownPskIdentity,
 )
-from hybridkex.net.event_loop import Background, Event, current_time, time_limit
+from hybridkex.net.event_loop import Background, Event, ask, current_time, time_limit
 from hybridkex.net.log import BoundedLog
 from hybridkex.reasons import Reason
 from hybridkex.secret import Secret
@@ -190,7 +190,8 @@ class PadFiller:
             wanted, session = self._named.popleft(), self._connection.session
             try:
                 async with time_limit(self._config.deadline):
-                    key = await self._source.look_up_for_pad(wanted.identity, session)
+                    look_up = partial(self._source.look_up_for_pad, wanted.identity, session)
+                    key = await ask(look_up)
             except TimeoutError:
                 why = f"our key source did not give it within {self._config.deadline:g} s"
                 raise UnknownPskIdentity(_NO_KEY + why, Reason.PAD_KEY_MISSING) from None

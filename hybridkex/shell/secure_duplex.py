@@ -32,6 +32,7 @@ from hybridkex.errors import (
     PeerError,
     TruncationError,
 )
+from hybridkex.net.event_loop import ask
 from hybridkex.secret import Secret
 from hybridkex.shell.answers import Answers
 from hybridkex.shell.key_renewer import KeyRenewer
@@ -204,7 +205,7 @@ class SecureDuplex:
     async def _run_handshake(self) -> None:
         connection = self._connection
         try:
-            await self._answers.begin()
+            await ask(self._answers.begin)
             while True:
                 await self._advance()
                 await self._flush()
@@ -228,21 +229,21 @@ class SecureDuplex:
             )
 
     async def _advance(self) -> None:
+        try:
+            await ask(self._answer)
+        except HybridkexError:
+            raise
+        except Exception:
+            self._connection.abort(InternalError("a PSK source or verifier failed"))
+            with self._unless_gone():
+                await self._flush()
+            raise
+
+    async def _answer(self) -> None:
         connection = self._connection
-        while not connection.handshake_complete:
-            event = connection.next_event()
-            if event is None:
-                return
+        while not connection.handshake_complete and (event := connection.next_event()) is not None:
             if isinstance(event, PskWanted | SessionProposed):
-                try:
-                    await self._answers.give(event)
-                except HybridkexError:
-                    raise
-                except Exception:
-                    connection.abort(InternalError("a PSK source or verifier failed"))
-                    with self._unless_gone():
-                        await self._flush()
-                    raise
+                await self._answers.give(event)
 
     async def _send_for_renewer(self) -> None:
         async with self._send_lock:

@@ -26,6 +26,7 @@ from waiting import asyncio_until
 
 from hybridkex import (
     ClientConfig,
+    FreshKeys,
     OneTimePad,
     Policy,
     QkdPskSource,
@@ -503,6 +504,46 @@ def test_a_wait_for_a_key_that_is_cancelled(
             with pytest.raises(SecureConnectionError) as caught:
                 await made
             assert isinstance(caught.value.__cause__, InternalError)
+
+    run(main())
+
+
+@pytest.mark.parametrize("psk", [False, True], ids=["", "with QKD keys"])
+@pytest.mark.parametrize("role", ["client", "server"])
+def test_all_tasks_are_cancelled_when_a_connection_is_made(
+    run: Run, client_config: ClientConfig, server_config: ServerConfig, role: str, psk: bool
+) -> None:
+    """The task that renews the keys has had no step yet; what the policy requires holds."""
+    options: dict[str, Any] = {
+        "policy": Policy(fresh_keys=Requirement.REQUIRE),
+        "fresh_keys": FreshKeys(every=3600),
+    }
+    client = replace(client_config, **options)
+    server = replace(server_config, tickets=None, **options)
+    if psk:
+        alice, bob = map(QkdPskSource, in_process_pair("alice", "bob"))
+        client, server = replace(client, psk_source=alice), replace(server, psk_source=bob)
+    spared: set[Any] = set()
+
+    class Cancelling(Losing):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            for task in asyncio.all_tasks() - spared:
+                task.cancel()
+
+    async def main() -> None:
+        spared.add(asyncio.current_task())
+        here, there = Cancelling(), Losing()
+        ours, theirs = (here, there) if role == "client" else (there, here)
+        listening = await create_server(lambda: theirs, "127.0.0.1", 0, server)
+        port = listening.sockets[0].getsockname()[1]
+        await create_connection(
+            lambda: ours, "127.0.0.1", port, client, server_hostname="localhost"
+        )
+        await asyncio_until(lambda: bool(here.lost and there.lost))
+        said = {str(one.lost[0]).split(":")[0] for one in (here, there)}
+        assert "the renewal of the keys was cancelled" in said  # at one end, or at both
+        assert said <= {"the renewal of the keys was cancelled", "the peer sent internal_error"}
+        listening.close()
 
     run(main())
 

@@ -5,7 +5,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable
+import types
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from types import ModuleType
 from typing import Any
 
@@ -13,8 +14,10 @@ import pytest
 import trio
 
 from hybridkex.net.event_loop import (
+    Background,
     Event,
     Lock,
+    ask,
     checkpoint,
     checkpoint_if_cancelled,
     current_time,
@@ -145,6 +148,248 @@ def test_a_shielded_function_runs_to_its_end(run: Any) -> None:
             await shielded(fail)
 
     run(main)
+
+
+def cancel_all_tasks() -> None:
+    """As programs do at their end, and tests between two cases."""
+    for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        task.cancel()
+
+
+@pytest.mark.parametrize("turns", range(3))
+def test_a_task_that_somebody_cancels_is_always_begun(turns: int) -> None:
+    """Also one that has had no step yet: what it sets or clears at its end is in order."""
+    said: list[str] = []
+
+    async def work() -> None:
+        said.append("begun")
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            said.append("ended")
+
+    async def tell() -> None:
+        said.append("told")
+
+    async def main() -> None:
+        Background(work, cancelled=tell)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        cancel_all_tasks()
+        await asyncio.wait(asyncio.all_tasks() - {asyncio.current_task()})
+        assert said == ["begun", "ended", "told"]
+
+    asyncio.run(main(), debug=True)
+
+
+def test_a_task_that_its_maker_cancels_at_once_is_begun(run: Any) -> None:
+    said: list[str] = []
+
+    async def work() -> None:
+        said.append("begun")
+        await sleep(3600)
+        said.append("not cancelled")
+
+    async def main() -> None:
+        Background(work).cancel()
+        for _ in range(5):
+            await checkpoint()
+        assert said == ["begun"]
+
+    run(main)
+
+
+@pytest.mark.parametrize("turns", range(4))
+def test_a_shielded_function_outlives_a_program_that_cancels_all_tasks(turns: int) -> None:
+    event = Event()
+
+    async def main() -> None:
+        waiting = asyncio.create_task(shielded(event.wait))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        begun = turns > 0  # or there is nothing to shield
+        cancel_all_tasks()
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert waiting.done() is not begun
+        event.set()
+        await asyncio.wait((waiting,))
+        assert waiting.cancelled()
+
+    asyncio.run(main(), debug=True)
+
+
+def test_a_shielded_function_that_ends_with_a_cancellation_ends() -> None:
+    async def cancelled() -> None:
+        raise asyncio.CancelledError
+
+    async def main() -> None:
+        with pytest.raises(asyncio.CancelledError):
+            await shielded(cancelled)
+
+    asyncio.run(main(), debug=True)
+
+
+async def _cancellation() -> BaseException:
+    """A cancellation that hit another task, on the loop that runs."""
+    caught: list[BaseException] = []
+
+    async def wait() -> None:
+        try:
+            await sleep(3600)
+        except BaseException as error:
+            caught.append(error)
+            raise
+
+    if on_trio():
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await wait()
+    else:
+        task = asyncio.ensure_future(wait())
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait((task,))
+    return caught[0]
+
+
+class OfErrors(BaseExceptionGroup[Exception]):
+    """A group that is no ``Exception``, although all in it are."""
+
+
+FOREIGN: dict[str, Callable[[BaseException], BaseException]] = {
+    "a cancellation": lambda one: one,
+    "a group with one": lambda one: BaseExceptionGroup("", [KeyError(), one]),
+    "a group in a group": lambda one: BaseExceptionGroup("", [BaseExceptionGroup("", [one])]),
+    "a group of errors": lambda _: OfErrors("", [KeyError()]),
+    "GeneratorExit": lambda _: GeneratorExit(),
+    "an exception of its own": lambda _: type("Odd", (BaseException,), {})(),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_what_a_source_raises_is_an_error_of_the_source(run: Any, kind: str) -> None:
+    async def main() -> None:
+        error = FOREIGN[kind](await _cancellation())
+
+        async def source() -> None:
+            await checkpoint()
+            raise error
+
+        with pytest.raises(RuntimeError, match="its caller was not cancelled") as caught:
+            await ask(source)
+        assert caught.value.__cause__ is error
+
+    run(main)
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError(), ExceptionGroup("", [KeyError()]), SystemExit(), KeyboardInterrupt()]
+)
+def test_what_passes_through_a_question(run: Any, error: BaseException) -> None:
+    async def source() -> None:
+        await checkpoint()
+        raise error
+
+    async def main() -> None:
+        for _ in range(2):
+            with pytest.raises(type(error)) as caught:
+                await ask(source)
+            assert caught.value is error
+        whole = BaseExceptionGroup("", [SystemExit(), KeyError()])
+
+        async def more() -> None:
+            raise whole
+
+        with pytest.raises(BaseExceptionGroup) as group:
+            await ask(more)
+        assert group.value is whole
+
+    run(main)
+
+
+@pytest.mark.parametrize("raises", ["the cancellation", "a group with it", "a group of groups"])
+def test_our_own_cancellation_passes_through_a_question(run: Any, raises: str) -> None:
+    """Alone, whatever else the source has met at its end."""
+
+    async def source() -> None:
+        try:
+            await sleep(3600)
+        except BaseException as error:
+            if raises == "the cancellation":
+                raise
+            group = BaseExceptionGroup("", [KeyError(), error])
+            raise (
+                group if raises == "a group with it" else BaseExceptionGroup("", [group])
+            ) from None
+
+    async def main() -> None:
+        async def limited() -> None:
+            async with time_limit(0.01):
+                await ask(source)
+
+        with pytest.raises(TimeoutError):
+            await limited()
+        await checkpoint()
+
+    run(main)
+
+
+def test_a_cancellation_before_the_question_and_one_that_was_ignored() -> None:
+    """asyncio counts requests to cancel: one may wait to be delivered, one may be over."""
+
+    async def wait() -> None:
+        await asyncio.sleep(3600)
+
+    async def foreign() -> None:
+        raise asyncio.CancelledError
+
+    passed: list[bool] = []
+
+    async def asker() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await ask(wait)
+        # Nobody has called uncancel().
+        with pytest.raises(RuntimeError):
+            await ask(foreign)
+        task.cancel()
+        passed.append(True)
+        await ask(wait)
+
+    async def main() -> None:
+        task = asyncio.create_task(asker())
+        await asyncio.wait((task,))
+        assert task.cancelled()
+        assert passed
+
+    asyncio.run(main(), debug=True)
+
+
+@types.coroutine
+def forever() -> Generator[None, None, None]:
+    yield
+
+
+def test_a_question_that_is_thrown_away(run: Any) -> None:
+    """A coroutine that is closed, by its owner or the garbage collector, ends without a word."""
+    ended: list[bool] = []
+
+    async def source() -> None:
+        try:
+            await forever()
+        finally:
+            ended.append(True)
+
+    async def main() -> Coroutine[Any, Any, None]:
+        coroutine = ask(source)
+        coroutine.send(None)
+        return coroutine
+
+    run(main).close()
+    assert ended == [True]
 
 
 def test_an_event_wakes_all(run: Any) -> None:

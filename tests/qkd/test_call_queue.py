@@ -1,5 +1,6 @@
 """Calls in groups: who is in a group, and what becomes of a caller that is cancelled."""
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -122,3 +123,58 @@ async def test_an_unforeseen_error_ends_no_more_than_its_group(error: Exception)
         await queue.run(lambda: 1)
     assert await queue.run(lambda: 2) == 2
     await queue.idle()
+
+
+@pytest.mark.parametrize("turns", range(5))
+def test_a_queue_whose_worker_somebody_cancels_goes_on(turns: int) -> None:
+    """On asyncio, a program can cancel all tasks of its loop; no call is left without an end."""
+    undone: list[int] = []
+
+    async def carry_out(group: list[Call[Any]]) -> None:
+        for call in group:
+            call.succeed(call.operation())
+        await asyncio.sleep(0)
+
+    async def main() -> None:
+        queue, spared = CallQueue(carry_out, 1), set[Any]()
+        before = asyncio.all_tasks()
+        for number in range(3):
+            spared.add(asyncio.create_task(queue.run(lambda one=number: one, undo=undone.append)))
+        await asyncio.sleep(0)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        for task in asyncio.all_tasks() - before - spared:
+            task.cancel()
+        for found in await asyncio.gather(*spared, return_exceptions=True):
+            assert isinstance(found, int | KeySourceUnavailable)
+        await queue.idle()
+        assert await queue.run(lambda: 7) == 7
+        await queue.idle()
+
+    asyncio.run(main(), debug=True)
+
+
+def test_a_caller_that_is_cancelled_over_and_over_takes_its_call_back() -> None:
+    async def main() -> None:
+        begun, gate, undone = asyncio.Event(), asyncio.Event(), list[int]()
+
+        async def carry_out(group: list[Call[Any]]) -> None:
+            begun.set()
+            await gate.wait()
+            for call in group:
+                call.succeed(call.operation())
+
+        queue, before = CallQueue(carry_out, 1), asyncio.all_tasks()
+        caller = asyncio.create_task(queue.run(lambda: 5, undo=undone.append))
+        await begun.wait()
+        kept = asyncio.all_tasks() - before - {caller}  # the worker
+        for _ in range(4):
+            for task in asyncio.all_tasks() - before - kept:
+                task.cancel()
+            await asyncio.sleep(0)
+        gate.set()
+        await asyncio.wait((caller,))
+        assert caller.cancelled()
+        assert undone == [5]
+
+    asyncio.run(main(), debug=True)

@@ -1,7 +1,6 @@
 """Pictures of scans, and those of ``docs/qkd-link.md``."""
 
 import io
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,7 +28,7 @@ from hybridkex.link.ranges import (
     records,
     within,
 )
-from hybridkex.link.scan import COLUMNS, SETTINGS, failed
+from hybridkex.link.scan import COLUMNS, ERROR, SETTINGS, failed, nothing
 from hybridkex.text import printable
 
 GYS_F: Final = 1.22
@@ -60,6 +59,8 @@ LEAST_NUMBER: Final = 1e-300
 LOGARITHMIC: Final = ("rate", "bit_per_s", "secret_bits", "block_bits", "seconds", "leak_bits")
 MOST_DISTANCE: Final = 1e4
 """km, of a picture."""
+INDEX: Final = ("", "index", "Unnamed: 0", "__index_level_0__")
+"""Columns in which pandas, polars and R number the rows."""
 STYLES: Final = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
 MOST_SIZES: Final = 10
 MOST_CURVES: Final = MOST_SIZES * len(STYLES)
@@ -118,10 +119,8 @@ def plot_scan(
     known = list(dict.fromkeys(str(name) for row in rows for name in row))
     for name in (x, y, *by):
         if str(name) not in known:
-            joined = any(mark in one for one in known for mark in ";\t")
             raise ConfigError(
                 f"the scan has no column {name!r}: it has {', '.join(known) or 'none'}"
-                + ("; separate the columns of a .csv file by commas" if joined else "")
             )
     rows = [row for row in rows if not failed(row)]
     values = {name: {_plain(row.get(name)) for row in rows} for name in known if name in SETTINGS}
@@ -134,13 +133,20 @@ def plot_scan(
         ),
         default=x,
     )
+    places = [tuple(_coordinate(row, name) for name in (along, x, y)) for row in rows]
+    drawn = [(row, place[0]) for row, place in zip(rows, places, strict=True) if None not in place]
+    varied += [
+        name
+        for name in known
+        if name not in (*SETTINGS, *COLUMNS, ERROR, *INDEX, *by)
+        and _tells_apart((_plain(row.get(name)), at) for row, at in drawn)
+    ]
     apart = [*by, *(name for name in varied if name not in (x, y, along))]
     curves: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}
-    for row in rows:
+    for row, place in zip(rows, places, strict=True):
         curve = curves.setdefault(tuple(_plain(row.get(name)) for name in apart), [])
-        at, across, up = (_coordinate(row, name) for name in (along, x, y))
-        if at is not None:
-            curve.append((at, across, up))
+        if place[0] is not None:
+            curve.append(place)
     if not any(None not in place for curve in curves.values() for place in curve):
         raise ConfigError(
             f"the scan has no row that can be drawn: {x} and {y} must have values, above 0 where "
@@ -149,7 +155,7 @@ def plot_scan(
     if len(curves) > MOST_CURVES:
         raise ConfigError(
             f"the scan has {len(curves)} curves, one for each combination of {', '.join(apart)}; "
-            f"at most {MOST_CURVES} are drawn: scan fewer of them"
+            f"at most {MOST_CURVES} are drawn: leave some of these values or columns out"
         )
     figure, axes = _figure()
     for number, (key, curve) in enumerate(curves.items()):
@@ -159,6 +165,18 @@ def plot_scan(
         if name in LOGARITHMIC:
             getattr(axes, f"set_{axis}scale")("log")
     return _finish(figure, axes)
+
+
+def _tells_apart(found: Iterable[tuple[Any, Any]]) -> bool:
+    """Whether the values of a column that is neither a setting nor a result tell series apart.
+
+    ``found``: each with its place along the curves. Words do; numbers may be other results, or
+    numbers of the rows: theirs do if they have two places each, on average.
+    """
+    pairs = set(found)
+    values = {value for value, _ in pairs}
+    words = any(isinstance(value, str | bool) for value in values)
+    return len(values) > 1 and (words or len(pairs) >= 2 * len(values))
 
 
 def _draw_curve(axes: Any, curve: list[tuple[Any, ...]], number: int, label: str) -> None:
@@ -183,8 +201,10 @@ def _draw_curve(axes: Any, curve: list[tuple[Any, ...]], number: int, label: str
 
 def _label(name: str, value: Any) -> str:
     """The name of a column's value in the legend."""
-    if value is None or value is False:
-        return f"no {_text(name)}" if value is None else f"not {_text(name)}"
+    if value is None:  # of Eve there is none, and of another setting no value was given
+        return f"{_text(name)} not set" if SETTINGS.get(name) is not None else f"no {_text(name)}"
+    if value is False:
+        return f"not {_text(name)}"
     if value is True:
         return _text(name)
     if isinstance(value, int | float):
@@ -205,9 +225,7 @@ def _text(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    value = plain(value)
-    if isinstance(value, float) and math.isnan(value):  # how pandas writes what is missing
-        return None
+    value = None if nothing(value) else plain(value)
     return value if isinstance(value, int | float | None) else str(value)
 
 

@@ -13,6 +13,7 @@ import io
 import itertools
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, as_completed
 from contextlib import suppress
@@ -97,6 +98,14 @@ TYPES: Final = {
 """Types of Parquet of the columns, which may be empty in all rows; several numbers are text."""
 SEARCHED: Final = ("intensities", "probabilities", "key_basis_probability", "brightness")
 """Settings that :func:`~hybridkex.link.optimise.tuned` chooses."""
+NOTHING: Final = frozenset(
+    (
+        "", "-", "#n/a", "#n/a n/a", "#na", "-1.#ind", "-1.#qnan", "-nan", "1.#ind", "1.#qnan",
+        "<na>", "missing", "n/a", "na", "nan", "nat", "none", "null",
+    )
+)  # fmt: skip
+"""What other programs write where there is no value, in small letters: the words that
+``pandas.read_csv`` takes for it, ``-``, and those of pandas' ``NaT`` and of Julia."""
 EXTRA: Final = "more values than columns"
 MOST_POINTS: Final = 1_000_000
 MOST_BLOCKS: Final = 1_000_000
@@ -104,6 +113,8 @@ MOST_BLOCKS: Final = 1_000_000
 MOST_BYTES: Final = 1 << 30
 """The largest file of rows: a million points have about 300 MB."""
 SUFFIXES: Final = (".csv", ".parquet", ".json")
+_ROWS: Final = 'JSON has a list of rows, as to_json(orient="records") in pandas writes it'
+_POINT: Final = "write numbers with a decimal point, and other commas only between columns"
 
 
 def grid(axes: Mapping[str, Sequence[Any]]) -> list[Row]:
@@ -302,11 +313,21 @@ def _seed(seed: int, number: int) -> int:
     return int.from_bytes(hashlib.sha256(f"scan {seed} {number}".encode()).digest()[:6])
 
 
+def nothing(value: Any) -> bool:
+    """Whether a value stands for none, in this program or in another: ``None``, NaN, ``NaT``,
+    ``pandas.NA``, what numpy masks, no text, and the words of :data:`NOTHING`."""
+    value = plain(value)
+    if isinstance(value, str):
+        return value.strip().lower() in NOTHING
+    try:
+        return value is None or bool(value != value)  # noqa: PLR0124  # as NaN
+    except TypeError:  # pandas.NA is neither equal to itself nor unequal
+        return True
+
+
 def failed(row: Mapping[str, Any]) -> bool:
-    """Whether a row says in words why it has no result. Other programs, such as pandas, have NaN or
-    an empty text where a row has none.
-    """
-    return isinstance(row.get(ERROR), str) and row[ERROR] != ""
+    """Whether a row says in words why it has no result."""
+    return isinstance(row.get(ERROR), str) and not nothing(row[ERROR])
 
 
 def scan(
@@ -355,7 +376,7 @@ def _written(name: Any, value: Any) -> Any:
     value = plain(value)
     if isinstance(value, list | tuple):
         value = json.dumps([plain(one) for one in value], default=str)
-    if isinstance(value, float) and not math.isfinite(value):
+    if nothing(value) or (isinstance(value, float) and math.isinf(value)):
         return None  # JSON has no such number, and the other formats say the same
     if not isinstance(value, str | int | float | None):
         raise ConfigError(f"the column {name!r} has a {type(value).__name__}; use numbers or text")
@@ -412,12 +433,15 @@ def read_scan(path: Path | str) -> list[Row]:
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}") from None
     except (ValueError, csv.Error) as error:
-        raise ConfigError(f"{path}: not a scan: {error}") from None
+        hint = f"; {_ROWS}" if kind == ".json" else ""
+        raise ConfigError(f"{path}: not a scan: {error}{hint}") from None
     if not isinstance(rows, list) or not all(isinstance(one, dict) for one in rows):
-        raise ConfigError(f"{path}: not a scan")
+        raise ConfigError(f"{path}: not a scan: {_ROWS}")
     if any(EXTRA in one for one in rows):
-        raise ConfigError(f"{path}: not a scan: a row has more values than there are columns")
-    return rows
+        raise ConfigError(
+            f"{path}: not a scan: a row has more values than there are columns; {_POINT}"
+        )
+    return [{n: None if nothing(value) else value for n, value in one.items()} for one in rows]
 
 
 def _read_csv(text: str) -> list[Row]:
@@ -426,17 +450,21 @@ def _read_csv(text: str) -> list[Row]:
     names = reader.fieldnames or ()
     if len(set(names)) != len(names):
         raise ValueError("two columns have the same name")
-    return [{name: _number(value) for name, value in row.items()} for row in reader]
+    if len(names) == 1 and re.search("[;\t|]", names[0]):
+        raise ValueError(f"separate the columns by commas, and {_POINT}")
+    return [{name: _number(name, value) for name, value in row.items()} for row in reader]
 
 
-def _number(text: Any) -> Any:
-    if not isinstance(text, str | None):  # what is in excess of the columns
+def _number(name: str, text: Any) -> Any:
+    if not isinstance(text, str) or nothing(text):  # a list is in excess of the columns
         return text
-    if text in (None, "", "True", "False"):
-        return {"True": True, "False": False}.get(text or "")
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
     try:
         value = float(text)
     except ValueError:
+        if TYPES.get(name) in ("float64", "int64") and re.fullmatch(r"[-+.\d]*,[-+.,\deE]*", text):
+            raise ValueError(f"{name} has {text!r}: {_POINT}") from None
         return text
     return int(value) if value.is_integer() and "e" not in text and "." not in text else value
 

@@ -1,0 +1,245 @@
+"""Scans that went through other programs, and rows that these programs hand over."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Callable
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hybridkex.cli import main
+from hybridkex.errors import ConfigError
+from hybridkex.link.plots import plot_scan
+from hybridkex.link.scan import COLUMNS, ERROR, failed, grid, nothing, read_scan, scan, write_scan
+
+
+class NotAvailable:
+    """As pandas.NA: it is neither equal nor unequal to anything, and has a text."""
+
+    def __eq__(self, other: object) -> Any:
+        return self
+
+    def __ne__(self, other: object) -> Any:
+        return self
+
+    __hash__ = object.__hash__
+
+    def __bool__(self) -> bool:
+        raise TypeError("boolean value of NA is ambiguous")
+
+    def __repr__(self) -> str:
+        return "<NA>"
+
+
+WORDS = (
+    "", "-", "NA", "N/A", "n/a", "#N/A", "#N/A N/A", "#NA", "None", "none", "NULL", "null", "<NA>",
+    "NaN", "nan", "-NaN", "-nan", "NaT", "-1.#IND", "1.#QNAN", "missing", " NA ",
+)  # fmt: skip
+VALUES = (
+    None, math.nan, np.nan, np.float32("nan"), np.datetime64("NaT"), np.ma.masked, NotAvailable(),
+)  # fmt: skip
+AXES = {"distance_km": [0, 20, math.nan, 40], "eve": [None, "split:0.01"], "tuned": [False]}
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict[str, Any]]:
+    """Six good rows, two wrong ones."""
+    found = scan(grid(AXES))
+    assert [failed(row) for row in found].count(True) == 2
+    return found
+
+
+def rewritten(rows: list[dict[str, Any]], nothing: str) -> str:
+    """As ``to_csv(na_rep=nothing)`` of pandas writes them, with the numbers of the rows."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["", *names])
+    for number, row in enumerate(rows):
+        values = (row.get(name) for name in names)
+        writer.writerow([number, *(nothing if one is None else one for one in values)])
+    return text.getvalue()
+
+
+def curves(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
+    lines = plot_scan(rows)[1].lines
+    return {line.get_label(): line.get_xdata().tolist() for line in lines}
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_a_word_of_another_program_for_nothing_is_no_error_and_no_value(
+    word: str, rows: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text(rewritten(rows, word))
+    found = read_scan(path)
+    assert [failed(row) for row in found] == [failed(row) for row in rows]
+    assert found == [{"": n, ERROR: None, **row} for n, row in enumerate(rows)]
+    assert curves(found) == curves(rows) == {"no eve": [0, 20, 40], "split:0.01": [0, 20, 40]}
+    assert main(["qkd", "plot", "--scan", str(path), "-o", str(tmp_path / "x.svg")]) == 0
+    assert "which are not drawn: 2" in capsys.readouterr().err
+    (tmp_path / "x.json").write_text(json.dumps([{"eve": word, ERROR: word, "rate": 1}]))
+    assert read_scan(tmp_path / "x.json") == [{"eve": None, ERROR: None, "rate": 1}]
+
+
+@pytest.mark.parametrize("value", VALUES, ids=repr)
+def test_a_value_of_another_program_for_nothing_is_none(
+    value: Any, rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    assert nothing(value)
+    given = [{**row, "eve": row["eve"] or value, ERROR: row.get(ERROR, value)} for row in rows]
+    assert curves(given) == curves(rows)
+    for row in given:
+        row.update({name: value for name in COLUMNS if row[name] is None})
+    assert curves(given) == curves(rows)
+    write_scan(tmp_path / "x.json", given)
+    assert read_scan(tmp_path / "x.json") == [{ERROR: None, **row} for row in rows]
+
+
+@pytest.mark.parametrize("value", [0, 0.0, False, "a", "0", [], [None], math.inf, Decimal(1)])
+def test_other_values_are_something(value: Any) -> None:
+    assert not nothing(value)
+
+
+def test_rows_of_pandas(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    table = pandas.DataFrame(rows)
+    tables = [table, table.convert_dtypes(), table.convert_dtypes(dtype_backend="pyarrow")]
+    for one in tables:
+        assert curves(one.to_dict("records")) == curves(rows)
+        assert curves([row for _, row in one.iterrows()]) == curves(rows)
+    for word in WORDS:
+        table.to_csv(tmp_path / "x.csv", na_rep=word)
+        assert curves(read_scan(tmp_path / "x.csv")) == curves(rows)
+        again = pandas.read_csv(tmp_path / "x.csv", na_values=list(WORDS))
+        assert curves(again.to_dict("records")) == curves(rows)
+    table.to_json(tmp_path / "x.json", orient="records")
+    assert curves(read_scan(tmp_path / "x.json")) == curves(rows)
+    for orient in ("columns", "index", "split", "table", "values"):
+        table.to_json(tmp_path / "x.json", orient=orient)
+        with pytest.raises(ConfigError, match=r"orient=.records"):
+            read_scan(tmp_path / "x.json")
+
+
+def test_rows_of_polars(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    polars = pytest.importorskip("polars")
+    table = polars.DataFrame(rows, infer_schema_length=None)
+    assert curves(table.to_dicts()) == curves(rows)
+    for word in WORDS:
+        table.with_row_index().write_csv(tmp_path / "x.csv", null_value=word)
+        assert curves(read_scan(tmp_path / "x.csv")) == curves(rows)
+    table.write_json(tmp_path / "x.json")
+    assert curves(read_scan(tmp_path / "x.json")) == curves(rows)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"distance_km": {"0": 1, "1": 2}, "rate": {"0": 1, "1": 2}},  # columns
+        {"0": {"distance_km": 1, "rate": 1}},  # index
+        {"columns": ["distance_km", "rate"], "index": [0], "data": [[1, 1]]},  # split
+        [[1, 1], [2, 2]],  # values
+        {"schema": {"fields": []}, "data": [{"distance_km": 1, "rate": 1}]},  # table
+    ],
+)
+def test_json_in_another_form_is_answered_with_the_one_that_is_read(
+    content: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "x.json"
+    lines = '{"distance_km": 1}\n{"distance_km": 2}\n'
+    for text in (json.dumps(content), lines):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=r"not a scan: .*list of rows.*orient=.records"):
+            read_scan(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "distance_km;rate\n1;0.5\n",
+        "distance_km;rate\n1,5;0,5\n",
+        "distance_km\trate\n1\t0.5\n",
+        "sep=;\ndistance_km;rate\n1;0,5\n",
+        'distance_km,rate\n1,"0,5"\n',
+        'distance_km,rate\n1,"1,5e-4"\n',
+        'distance_km,rate,block_bits\n1,0.5,"1,000,000"\n',
+        'distance_km,rate,misalignment\n1,0.5,"0,01"\n',
+        "distance_km,rate\n1,5,0,5\n",
+    ],
+)
+def test_other_separators_and_decimal_commas_are_told(text: str, tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text(text)
+    with pytest.raises(ConfigError, match=r"x.csv: not a scan: .*write numbers with a decimal"):
+        read_scan(tmp_path / "x.csv")
+
+
+def test_words_with_commas_are_words(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text('note,intensities\n"1,5","[0.5, 0.2]"\n')
+    assert read_scan(tmp_path / "x.csv") == [{"note": "1,5", "intensities": "[0.5, 0.2]"}]
+
+
+@pytest.mark.parametrize(
+    ("true", "false"), [("true", "false"), ("TRUE", "FALSE"), ("True", "False")]
+)
+def test_truth_values_of_other_programs(true: str, false: str, tmp_path: Path) -> None:
+    lines = [f"{km},0.5,{one}" for km in (0, 9) for one in (true, false)]
+    (tmp_path / "x.csv").write_text("\n".join(["distance_km,rate,tuned", *lines]))
+    assert curves(read_scan(tmp_path / "x.csv")) == {"tuned": [0, 9], "not tuned": [0, 9]}
+
+
+def test_a_setting_without_a_value_was_not_set() -> None:
+    known = [("intensities", [0.5, 0.1]), ("misalignment", 0.01), ("eve", "pns"), ("lamp", "b")]
+    for (name, value), label in zip(
+        known, ("intensities not set", "misalignment not set", "no eve", "no lamp"), strict=True
+    ):
+        given = [
+            {"distance_km": km, "rate": 1, name: one} for km in (0, 9) for one in (value, None)
+        ]
+        assert list(curves(given))[1] == label
+
+
+SERIES: dict[str, Callable[[int, int], Any]] = {
+    "words": lambda series, _: "ab"[series],
+    "truth": lambda series, _: bool(series),
+    "numbers": lambda series, _: series + 1,
+    "fractions": lambda series, _: 20.5 + series,
+    "missing": lambda series, _: "a" if series else None,
+}
+NO_SERIES: dict[str, Callable[[int, int], Any]] = {
+    "same": lambda *_: "x",
+    "index": lambda _, km: km % 7,
+    "": lambda _, km: km % 7,
+    "row": lambda series, km: 100 * series + km,
+    "ratio": lambda series, km: 1 / (1 + series + km),
+    "transmittance": lambda _, km: 10 ** (-km / 50),
+}
+
+
+@pytest.mark.parametrize("shift", [0, 5])
+@pytest.mark.parametrize("x", ["distance_km", "temperature"])
+def test_columns_of_a_users_own_tell_series_apart(shift: int, x: str) -> None:
+    """Not those that number the rows, or have another result."""
+    for name, value in (SERIES | NO_SERIES).items():
+        given = [
+            {x: km, "rate": 0.5, "preset": "ab"[series], "own": "same", name: value(series, km)}
+            for series in range(2)
+            for km in range(shift * series, 60 + shift * series, 10)
+        ]
+        if name in SERIES:
+            for row in given:
+                del row["preset"]
+        lines = plot_scan(given, x=x)[1].lines
+        expected = [[*range(0, 60, 10)], [*range(shift, 60 + shift, 10)]]
+        assert [line.get_xdata().tolist() for line in lines] == expected, name
+        assert all(line.get_linestyle() == "-" for line in lines)
+
+
+def test_too_many_columns_that_differ_are_told() -> None:
+    given = [{"distance_km": n, "rate": 0.5, "note": f"at {n}"} for n in range(60)]
+    with pytest.raises(ConfigError, match=r"60 curves.* of note; .*leave .* columns out"):
+        plot_scan(given)

@@ -19,7 +19,7 @@ from hypothesis import settings
 from hybridkex.auth.dev_ca import DevCa, write_identity
 from hybridkex.qkd.sqlite_store import SqliteKeyStore
 
-_BOUNDED = [f"hybridkex.{name}" for name in ("aio.transport", "anyio", "net.http")]
+_BOUNDED = [f"hybridkex.{name}" for name in ("aio.channel", "anyio", "net.http")]
 _BOUNDED += ["hybridkex.shell.key_renewer", "hybridkex.shell.pad_filler"]
 """The modules with a bound for the log lines of the process."""
 

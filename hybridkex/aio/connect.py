@@ -5,9 +5,10 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from hybridkex.aio.accept_faults import report_accept_faults
+from hybridkex.aio.channel import ReadingHalf
 from hybridkex.aio.failures import connection_error
 from hybridkex.aio.places import Places
-from hybridkex.aio.transport import Receiver, SecureTransport, time_limits
+from hybridkex.aio.transport import SecureTransport, time_limits
 from hybridkex.errors import LocalStateError
 from hybridkex.tls.config import ClientConfig, ServerConfig, check_config
 
@@ -184,7 +185,7 @@ async def start_tls(
     transport.set_protocol(secure.receiver)
     transport.resume_reading()
     try:
-        secure.attach(transport)
+        secure.receiver.connection_made(transport)
         await ready
     except BaseException:
         _abandon(secure, ready)
@@ -204,5 +205,5 @@ def check_plain(transport: asyncio.Transport) -> None:
         raise TypeError(f"start_tls takes a transport, not a {kind}; upgrade takes streams")
     if transport.is_closing():
         raise connection_error(LocalStateError("the transport is closed or is being closed"))
-    if isinstance(transport.get_protocol(), Receiver):
+    if isinstance(transport.get_protocol(), ReadingHalf):
         raise connection_error(LocalStateError("the transport is secured already"))

@@ -137,7 +137,7 @@ def test_a_reader_that_never_reads_holds_little(
         async with serving(server_config, flood) as port:
             reader, writer = await connect(port, client_config)
             await asyncio.sleep(0.3)
-            held = sum(map(len, writer.transport._held)) + len(reader._buffer)  # type: ignore[attr-defined]
+            held = sum(map(len, writer.transport.receiver._held)) + len(reader._buffer)  # type: ignore[attr-defined]
             assert held <= (1 << 18) + 2 * (1 << 16)
             assert len(await reader.readexactly(total)) == total
             assert await reader.read() == b""
@@ -153,7 +153,7 @@ def test_writes_are_joined(
         async with serving(server_config) as port:
             reader, writer = await connect(port, client_config)
             sent: list[int] = []
-            raw = writer.transport._raw  # type: ignore[attr-defined]
+            raw = writer.transport._life.raw  # type: ignore[attr-defined]
             write = raw.write
             raw_write = lambda data: (sent.append(len(data)), write(data))[1]  # noqa: E731
             try:
@@ -221,7 +221,7 @@ def test_truncation_is_an_error(
     async def cut(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"half of it")
         await writer.drain()
-        writer.transport._raw.close()  # type: ignore[attr-defined]
+        writer.transport._life.raw.close()  # type: ignore[attr-defined]
         assert writer.is_closing()
 
     async def main() -> None:
@@ -239,7 +239,7 @@ def test_rubbish_after_the_handshake(
     run: Run, client_config: ClientConfig, server_config: ServerConfig
 ) -> None:
     async def rubbish(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.transport._raw.write(b"\x17\x03\x03\x00\x20" + bytes(32))  # type: ignore[attr-defined]
+        writer.transport._life.raw.write(b"\x17\x03\x03\x00\x20" + bytes(32))  # type: ignore[attr-defined]
         with pytest.raises(SecureConnectionError, match="bad_record_mac"):
             await reader.read()
         writer.close()
@@ -373,7 +373,7 @@ def test_a_buffered_protocol(
             await asyncio_until(lambda: len(protocol.got) == len(data))
             assert protocol.got == data
             transport.close()
-            await asyncio_until(lambda: transport._state.name == "CLOSED")
+            await asyncio_until(lambda: transport._life.state.name == "CLOSED")
 
     run(main())
 
@@ -414,7 +414,7 @@ def test_random_pauses_and_sizes(
                 transport.write(piece)
                 await asyncio.sleep(0)
             transport.write_eof()
-            await asyncio_until(lambda: transport._state.name == "CLOSED")
+            await asyncio_until(lambda: transport._life.state.name == "CLOSED")
             assert protocol.got == sent
 
     run(main())

@@ -299,7 +299,7 @@ def test_a_connection_within_a_connection(
             assert await reader.readexactly(len(data)) == data
             if kind == "secure in secure":
                 # A record that is no data lies behind data in the outer's read buffer.
-                outer = writer.transport._raw
+                outer = writer.transport._life.raw
                 outer.update_keys()
                 writer.transport.update_keys()
         writer.close()
@@ -406,7 +406,7 @@ def test_an_upgrade_of_a_connection_that_is_full(
             left -= len(await loop.sock_recv(accepted, min(left, 1 << 16)))
         inner = SecureTransport(asyncio.Protocol(), server_config)
         await loop.connect_accepted_socket(lambda: inner.receiver, accepted)
-        await asyncio_until(lambda: inner._state.name == "CLOSED")
+        await asyncio_until(lambda: inner._life.state.name == "CLOSED")
 
     async def main() -> None:
         with socket.create_server(("127.0.0.1", 0)) as listening:
@@ -466,7 +466,7 @@ def test_a_connection_that_is_closed_below_is_no_clean_end(
     async def main() -> None:
         async with serving(server_config) as port:
             reader, writer = await connect(port, client_config)
-            writer.transport._raw.close()  # type: ignore[attr-defined]
+            writer.transport._life.raw.close()  # type: ignore[attr-defined]
             with pytest.raises(SecureConnectionError):
                 await reader.read()
             writer.close()
@@ -621,7 +621,7 @@ def test_a_pad_ends_in_the_turn_in_which_the_connection_is_lost(
 
             def late() -> float:
                 """An hour later, the connection has just been cut."""
-                transport._raw.abort()  # type: ignore[union-attr]
+                transport._life.raw.abort()  # type: ignore[union-attr]
                 return time.monotonic() + 7200
 
             async def no_key(session: Session) -> Any:
@@ -737,7 +737,7 @@ def test_data_that_waits_is_sent_to_a_peer_that_has_ended_its_direction(
     async def deaf(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write_eof()
         await writer.drain()
-        writer.transport._raw.write_eof()  # type: ignore[attr-defined]
+        writer.transport._life.raw.write_eof()  # type: ignore[attr-defined]
         await asyncio.sleep(0.1)
         found.append(len(await reader.read()))
         writer.close()
@@ -789,10 +789,10 @@ def test_a_transport_that_ends_when_its_buffer_is_empty(
             transport, protocol = await create_connection(
                 Ends, "127.0.0.1", port, client_config, server_hostname="localhost"
             )
-            transport._raw.set_write_buffer_limits(high=0)  # type: ignore[attr-defined]
+            transport._life.raw.set_write_buffer_limits(high=0)  # type: ignore[attr-defined]
             below = transport.get_extra_info("socket")
             below.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)
-            await asyncio_until(lambda: transport._connection.close_received)
+            await asyncio_until(lambda: transport._life.engine.close_received)
             transport.write(bytes(100_000))
             if not hasattr(transport, ends):
                 transport.close()
@@ -849,7 +849,7 @@ def test_the_marks_of_the_write_buffer(
             with pytest.raises(ValueError, match="high"):
                 transport.set_write_buffer_limits(1, 2)
             transport.close()
-            await asyncio_until(lambda: transport._state.name == "CLOSED")
+            await asyncio_until(lambda: transport._life.state.name == "CLOSED")
 
     run(main())
 

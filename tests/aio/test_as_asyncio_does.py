@@ -23,7 +23,7 @@ from hybridkex.aio import (
     start_tls,
 )
 from hybridkex.aio import create_server as create_secure_server
-from hybridkex.aio.transport import _SCRATCH
+from hybridkex.aio.channel import _SCRATCH
 
 Factory = Callable[[], asyncio.BaseProtocol]
 

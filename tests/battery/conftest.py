@@ -227,7 +227,7 @@ class AsyncioEnd(End):
         self.writer.close()
 
     async def cut(self) -> None:
-        self.writer.transport._raw.close()  # type: ignore[attr-defined]
+        self.writer.transport._life.raw.close()  # type: ignore[attr-defined]
 
 
 class AnyioEnd(End):

@@ -180,14 +180,17 @@ def test_a_cut_is_no_clean_end(talk: Any) -> None:
     talk(conversation)
 
 
+def engine_of(end: Any) -> Any:
+    return end.stream._connection if hasattr(end, "stream") else end.writer.transport._life.engine
+
+
 @pytest.mark.parametrize("found_by", ["data", "cut", "sending"])
 def test_the_first_failure_is_raised_whoever_finds_out(talk: Any, found_by: str) -> None:
     """The engine has failed, and a task finds out before the one that knows why tells the stream:
     it raises the reason, and the peer gets the alert."""
 
     async def conversation(client: Any, server: Any) -> None:
-        shell = server.stream if hasattr(server, "stream") else server.writer.transport
-        shell._connection.abort(PolicyRefused("for the test"))
+        engine_of(server).abort(PolicyRefused("for the test"))
         sends = found_by == "sending" and server.send_waits
         if found_by == "cut":
             await client.cut()

@@ -507,7 +507,7 @@ def test_a_bug_in_the_renewal_ends_the_session(run: Run, caplog: Any) -> None:
 
 
 def renewer_of(end: Any) -> Any:
-    return (end.stream if hasattr(end, "stream") else end.writer.transport)._renewer
+    return end.stream._renewer if hasattr(end, "stream") else end.writer.transport._life.renewer
 
 
 def test_what_the_peer_sends_is_no_data_of_ours(run: Run) -> None:

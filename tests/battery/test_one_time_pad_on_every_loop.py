@@ -12,7 +12,7 @@ from typing import Any
 import anyio
 import pytest
 from suspensions import cancelled_at
-from test_every_shell import chain, together
+from test_every_shell import chain, engine_of, together
 from test_fresh_keys_on_every_loop import IDENTITY, TRUST, Kme, echo
 
 from hybridkex import (
@@ -553,8 +553,7 @@ def test_the_connection_ends_while_a_send_waits_for_a_key(run: Run, how: str) ->
             if how == "cut":
                 await server.cut()
             else:
-                engine = server.stream if hasattr(server, "stream") else server.writer.transport
-                engine._connection.abort(InternalError("for the test"))
+                engine_of(server).abort(InternalError("for the test"))
                 await server.update_keys()
 
         async with time_limit(5):

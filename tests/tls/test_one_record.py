@@ -13,7 +13,7 @@ from hybridkex import (
     ServerConnection,
     TrustStore,
 )
-from hybridkex.aio.transport import _READ_SIZE
+from hybridkex.aio.channel import _READ_SIZE
 from hybridkex.errors import BadRecordMac, PeerError
 from hybridkex.shell.secure_duplex import READ_SIZE
 from hybridkex.tls.events import ApplicationData, SessionProposed

@@ -63,11 +63,11 @@ def _values(name: str, value: Any, action: argparse.Action, base: Path) -> list[
     if not all(
         isinstance(item, str | int | float) and not isinstance(item, bool) for item in items
     ):
-        raise ConfigError(f"{name} has the wrong type")
+        raise ConfigError(f"{name} has the wrong type: it must be a string or a number")
     if action.type in (file_path, folder_path, address) and not all(
         isinstance(item, str) for item in items
     ):
-        raise ConfigError(f"{name} has the wrong type")
+        raise ConfigError(f"{name} has the wrong type: it must be a string")
     texts = [_located(str(item), action, base) for item in items]
     if isinstance(action, argparse._AppendAction):
         return [f"={text}" for text in texts]

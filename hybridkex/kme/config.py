@@ -84,6 +84,18 @@ class LinkConfig:
         return RemoteEnd(self.party, self.address, self.peer_credential)
 
     def __post_init__(self) -> None:
+        usual = LinkConfig  # whose values need neither a check nor the packages for it
+        if (self.preset, self.distance_km, self.block_bits) != (
+            usual.preset,
+            usual.distance_km,
+            usual.block_bits,
+        ):
+            from hybridkex.link.presets import preset  # noqa: PLC0415  # an extra
+            from hybridkex.link.settings import LinkSettings  # noqa: PLC0415
+
+            chosen = preset(self.preset).at(self.distance_km)
+            bits = self.block_bits
+            LinkSettings(preset=chosen, block_bits=bits, block_detections=bits)
         if self.address is not None and not self.address.port:
             raise ConfigError("address must have a port other than 0, which Bob can connect to")
         if self.reauthentication not in ("refuse", "signatures"):
@@ -225,7 +237,7 @@ def load_config(path: Path) -> ServeConfig:
 def _build(kind: type[T], data: object, base: Path, where: str) -> T:
     """Build a configuration class from a table, checked against the types of its fields."""
     if not isinstance(data, dict):
-        raise ConfigError(f"{where or 'the file'} must be a table")
+        raise ConfigError(f"{where.removesuffix('.') or 'the file'} must be a table")
     hints = get_type_hints(kind)
     fields = {one.name: one for one in dataclasses.fields(kind)}  # type: ignore[arg-type]
     for name in data:
@@ -238,7 +250,10 @@ def _build(kind: type[T], data: object, base: Path, where: str) -> T:
     values = {
         name: _value(hints[name], value, base, f"{where}{name}") for name, value in data.items()
     }
-    return kind(**values)
+    try:
+        return kind(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{where.removesuffix('.')}: {error}" if where else str(error)) from None
 
 
 def _value(kind: Any, value: Any, base: Path, where: str) -> Any:
@@ -257,9 +272,8 @@ def _value(kind: Any, value: Any, base: Path, where: str) -> Any:
     if scalar is None:
         return _build(kind, value, base, f"{where}.")
     expected, convert = scalar
-    # bool is an int to Python and not to TOML.
-    if not isinstance(value, expected) or (isinstance(value, bool) and kind is not bool):
-        raise ConfigError(f"{where} has the wrong type")
+    if type(value) not in expected:
+        raise ConfigError(f"{where} has the wrong type: it must be {_WORDS[expected]}")
     try:
         return convert(value, base)
     except ConfigError as error:
@@ -299,14 +313,20 @@ def _number(value: N) -> N:
     return value
 
 
-_SCALARS: Final[dict[Any, tuple[Any, Callable[[Any, Path], Any]]]] = {
-    bool: (bool, lambda value, _: value),
-    int: (int, lambda value, _: _number(value)),
-    str: (str, lambda value, _: value),
+_WORDS: Final[dict[tuple[type, ...], str]] = {
+    (bool,): "true or false",
+    (int,): "an integer, such as 100000 and not 1e5, which is a float in TOML",
+    (int, float): "a number",
+    (str,): "a string",
+}
+_SCALARS: Final[dict[Any, tuple[tuple[type, ...], Callable[[Any, Path], Any]]]] = {
+    bool: ((bool,), lambda value, _: value),
+    int: ((int,), lambda value, _: _number(value)),
+    str: ((str,), lambda value, _: value),
     float: ((int, float), lambda value, _: _number(float(value))),
-    Path: (str, _path),
-    Path | PostgresUrl: (str, _store),
-    TcpAddress: (str, lambda value, _: parse_tcp_address(value)),
-    IdRule: (str, lambda value, _: _id_rule(value)),
+    Path: ((str,), _path),
+    Path | PostgresUrl: ((str,), _store),
+    TcpAddress: ((str,), lambda value, _: parse_tcp_address(value)),
+    IdRule: ((str,), lambda value, _: _id_rule(value)),
 }
 """For each type of a field: the TOML types that it accepts, and the conversion from them."""

@@ -548,19 +548,20 @@ def link_signatures(config: KmeConfig, peer: PeerConfig) -> Signatures:
 
 def link_feed(config: KmeConfig, peer: PeerConfig, metrics: KmeMetrics) -> PairFeed | PartyFeed:
     """The feed that a configuration file describes. Raises ``ConfigError``."""
-    link = peer.link
+    link, name = peer.link, f"{config.id}: the QKD link to {peer.id}"
     chosen = preset(link.preset).at(link.distance_km)
-    if link.tuned:
-        chosen = tuned(chosen, link.block_bits)
-    settings = LinkSettings(
-        preset=chosen,
-        block_bits=link.block_bits,
-        key_bits=config.limits.key_size,
-        reauthentication=link.reauthentication,
-        real_time=link.real_time,
-    )
-
-    name = f"{config.id}: the QKD link to {peer.id}"
+    try:
+        if link.tuned:
+            chosen = tuned(chosen, link.block_bits)
+        settings = LinkSettings(
+            preset=chosen,
+            block_bits=link.block_bits,
+            key_bits=config.limits.key_size,
+            reauthentication=link.reauthentication,
+            real_time=link.real_time,
+        )
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None
     metrics.begin_qkd_link(config.id, peer.id)
     up = False
 

@@ -430,7 +430,11 @@ def read_measured(path: Path | str) -> tuple[Measured, Preset]:
 def _check_names(path: Path, names: Sequence[str], known: Collection[str]) -> None:
     for name in names:
         if name not in known:
-            raise ConfigError(f"{path}: unknown array {name!r}; detections have {', '.join(known)}")
+            index = name.startswith("__index_level_")
+            raise ConfigError(
+                f"{path}: unknown array {name!r}; detections have {', '.join(known)}"
+                + ("; in pandas, write the file with index=False" if index else "")
+            )
         if names.count(name) > 1:
             raise ConfigError(f"{path}: there are two arrays {name!r}")
 

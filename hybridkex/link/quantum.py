@@ -179,7 +179,7 @@ class OpticalLink:
 
     @property
     def seconds(self) -> float:
-        """Seconds for which the light has been on."""
+        """Seconds for which the light has been on, until the last detection of a block."""
         return self._next / self._channel.repetition_rate_hz
 
     async def detect(self, count: int) -> Detections:
@@ -193,8 +193,12 @@ class OpticalLink:
         return detections
 
     def _sample(self, count: int) -> tuple[Sent, Detections]:
-        piece = PIECE if self._fading is None else FADING_PIECE
-        parts = [self._piece(min(piece, count - at)) for at in range(0, count, piece)]
+        piece, first = PIECE if self._fading is None else FADING_PIECE, self._next
+        try:
+            parts = [self._piece(min(piece, count - at)) for at in range(0, count, piece)]
+        except LinkError:
+            self._next = first  # nobody knows when the light would have ended
+            raise
         return (
             Sent(
                 intensity=np.concatenate([sent.intensity for sent, _ in parts]),

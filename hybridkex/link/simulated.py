@@ -114,7 +114,8 @@ class SimulatedLink:
 
     @property
     def seconds(self) -> float:
-        """Seconds for which the laser has been on, by its own clock."""
+        """Seconds for which the laser has been on, by its own clock, until the last detection of a
+        block; of a block without enough detections nothing is counted."""
         return self._link.seconds
 
     @property

@@ -680,7 +680,7 @@ async def test_a_connection_that_lasts_renews_its_keys(tunnel: Tunnel, kmes: Kme
         ("", "no tunnel is configured"),
         ("grace = -1\n", "no tunnel is configured"),
         ("color = 1\n", "color is not a setting"),
-        ("grace = true\n", "grace has the wrong type"),
+        ("grace = true\n", "grace has the wrong type: it must be a string or a number"),
         ("listen = 1\n", "write each tunnel as a table [[listen]]"),
         ("[[connect]]\n", "the following arguments are required: local, remote"),
         ('[[connect]]\nlocal="x"\nremote="h:1"\n', "'x' is not HOST:PORT"),

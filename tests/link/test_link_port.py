@@ -844,6 +844,15 @@ def _credential(folder: Path, kind: str) -> None:
     write_identity(folder, *_identity(kind))
 
 
+@pytest.mark.parametrize("tuned", [True, False])
+def test_a_link_that_cannot_be_is_named(tuned: bool) -> None:
+    config: Any = SimpleNamespace(id="a", limits=SimpleNamespace(key_size=256 if tuned else 7))
+    link = LinkConfig(distance_km=900.0, tuned=tuned)
+    peer = PeerConfig(id="b", saes=(), producer="link", link=link)
+    with pytest.raises(ConfigError, match=r"^a: the QKD link to b: "):
+        link_feed.link_feed(config, peer, KmeMetrics())
+
+
 def test_the_counters_of_a_link_begin_at_zero(
     tmp_path: Path, signatures: dict[str, Signatures]
 ) -> None:

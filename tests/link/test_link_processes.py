@@ -163,7 +163,15 @@ async def test_a_link_feeds_two_kmes(tmp_path: Path) -> None:
     ("link", "reason"),
     [
         ("link = {real_time = 'slow'}", "real_time"),
-        ("link = {party = 'alice'}", "must be given together"),
+        ("link = [{distance_km = 5}]", r"kme\[0\].peer\[0\].link must be a table$"),
+        (
+            "link = {preset = 'x'}",
+            r"kme.toml: kme\[0\].peer\[0\].link: no preset 'x'; there are gys",
+        ),
+        ("link = {block_bits = 5}", r"kme.toml: kme\[0\].peer\[0\].link: block_bits lies between"),
+        ("link = {block_bits = 1e5}", r"kme\[0\].peer\[0\].link.block_bits .* must be an integer"),
+        ("link = {distance_km = 1e9}", r"kme\[0\].peer\[0\].link: distance_km must be a number"),
+        ("link = {party = 'alice'}", r"kme\[0\].peer\[0\].link: .* must be given together"),
         ("link = {party = 'eve'}", "alice or bob"),
         (
             "link = {party = 'bob', address = '127.0.0.1:1', peer_credential = 'x'}",

@@ -664,6 +664,9 @@ def test_parquet_columns_of_other_types_are_refused(tmp_path: Path) -> None:
     parquet.write_table(good.set_column(good.column_names.index("bit"), "bit", nulls), path)
     with pytest.raises(ConfigError, match="rows without a value"):
         read_measured(path)
+    parquet.write_table(good.append_column("__index_level_0__", good["bit"]), path)
+    with pytest.raises(ConfigError, match=r"unknown array '__index_level_0__'; .*index=False"):
+        read_measured(path)
     parquet.write_table(good.append_column("bit", good["bit"]), path)
     with pytest.raises(ConfigError, match="two arrays 'bit'"):
         read_measured(path)

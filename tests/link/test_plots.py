@@ -66,13 +66,17 @@ def test_rates_are_the_best_ones_until_the_key_ends(kind: str, tmp_path: Path) -
 
 
 def test_published_points_are_beside_the_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plots, "rates", lambda *_: [])
-    _, axes = plots.draw("rate-vs-distance")
+    monkeypatch.setattr(plots, "rates", lambda *_: [(0.0, 1.0), (450.0, 1e-10)])
+    figure, axes = plots.draw("rate-vs-distance")
     shown = {text.get_text() for text in axes.texts}
     assert {"Boaron 2018", "Grünenfelder 2023", "Li 2023"} <= shown
     points = [point for line in axes.lines for point in zip(*line.get_data(), strict=True)]
     drawn = {(float(x), float(y)) for x, y in points}
-    assert {(km, rate) for km, rate, _ in plots.PUBLISHED_RATES} <= drawn
+    assert {(km, rate) for km, rate, *_ in plots.PUBLISHED_RATES} <= drawn
+    figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in axes.texts]
+    for one, other in itertools.combinations(boxes, 2):
+        assert not one.overlaps(other)
 
 
 def test_a_scan_is_drawn_and_a_curve_ends_where_its_rate_does() -> None:

@@ -24,7 +24,8 @@ from waiting import until
 from hybridkex.cli import main
 from hybridkex.cli.actions import qkd_scan
 from hybridkex.cli.actions.qkd_scan import dask_executor
-from hybridkex.errors import ConfigError, LocalStateError
+from hybridkex.errors import ConfigError, LinkError, LocalStateError
+from hybridkex.link import quantum
 from hybridkex.link.measured import Measured, read_measured, write_measured
 from hybridkex.link.optimise import optimise
 from hybridkex.link.plots import plot_scan, save
@@ -689,6 +690,23 @@ def test_a_distance_at_which_nothing_arrives_has_a_row(name: str, distance: floa
     assert rows[0]["rate"] == 0
     assert rows[0]["seconds"] is None  # nobody knows when the light would have ended
     assert rows[1]["seconds"] > 0
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 3])
+def test_the_time_of_light_without_enough_detections_is_not_that_of_its_first_pieces(
+    pieces: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, usual = itertools.count(1), quantum.sample
+
+    def sample(*given: Any, **more: Any) -> Any:
+        if next(calls) == pieces:
+            raise LinkError("nothing arrives any more")
+        return usual(*given, **more)
+
+    monkeypatch.setattr(quantum, "PIECE", 500)
+    monkeypatch.setattr(quantum, "sample", sample)
+    (row,) = scan([TINY], blocks=1)
+    assert (row["blocks_aborted"], row["seconds"], row["rate"]) == (1, None, 0)
 
 
 @pytest.mark.parametrize("ending", [".csv", ".json", ".parquet", ".npz", ".svg", ".png"])

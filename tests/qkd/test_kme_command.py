@@ -199,6 +199,18 @@ peer = [{ id = "b", saes = ["y"], url = "https://b:1" }]
         ('key_file = "f"', 'key_file = "f"\nid_rule = "x"', "must be one of cn"),
         ('key_file = "f"', 'key_file = "f"\nlimits = { key_size = 7 }', "key sizes"),
         ('key_file = "f"', 'key_file = "f"\nlimits = { rate = "x" }', "limits.rate has the wrong"),
+        (
+            'key_file = "f"',
+            'key_file = "f"\nmax_connections = 1e5',
+            "an integer, such as 100000 and not",
+        ),
+        ('key_file = "f"', 'key_file = "f"\npeer_timeout = "x"', "wrong type: it must be a number"),
+        (
+            'key_file = "f"',
+            'key_file = "f"\nreuse_port = 1',
+            "wrong type: it must be true or false",
+        ),
+        ('id = "a"', "id = 5", "id has the wrong type: it must be a string"),
         (', url = "https://b:1"', "", "has no url and is not in this file"),
         ('"https://b:1"', '"https://b:1", producer = "x"', "producer must be one of"),
     ],

@@ -1,19 +1,20 @@
 """Proof by mutation: a key schedule without one of its legs makes the suite fail.
 
-The package is copied, a few lines in the copy make one leg count no more, in a way in which the
-parties still understand each other, and the tests of ``test_rndl_legs.py`` run against the copy.
+A few lines at the end of a module make one leg count no more, in a way in which the parties still
+understand each other, and the tests of ``test_rndl_legs.py`` run against that (``mutants.py``).
 """
 
+import json
 import os
 import re
-import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[3]
+HERE = Path(__file__).parent
 LEGS = "test_rndl_legs.py"
 
 QKD_TESTS = {
@@ -21,9 +22,9 @@ QKD_TESTS = {
     for configuration in ("x25519-qkd", "x25519mlkem768-qkd", "x25519mlkem768-qkd-psk")
 }
 MUTATIONS: dict[str, tuple[str, str, set[str]]] = {
-    "nothing is changed": ("crypto/kex.py", "", set()),
+    "nothing is changed": ("hybridkex.crypto.kex", "", set()),
     "the key schedule leaves out the PSK": (
-        "crypto/schedule.py",
+        "hybridkex.crypto.schedule",
         """
 _start = EarlySecret.start
 EarlySecret.start = staticmethod(lambda hash_function, psk=None: _start(hash_function, None))
@@ -31,7 +32,7 @@ EarlySecret.start = staticmethod(lambda hash_function, psk=None: _start(hash_fun
         QKD_TESTS,
     ),
     "the PSK is imported from zeros": (
-        "crypto/psk.py",
+        "hybridkex.crypto.psk",
         """
 from dataclasses import replace
 _import_key = import_key
@@ -41,7 +42,7 @@ def import_key(psk, imported_identity, target):
         QKD_TESTS,
     ),
     "the hybrid leaves out ML-KEM": (
-        "crypto/kex.py",
+        "hybridkex.crypto.kex",
         """
 _whole = _join
 def _join(secrets):
@@ -50,7 +51,7 @@ def _join(secrets):
         {"test_ml_kem_cannot_be_left_out"},
     ),
     "the hybrid leaves out X25519": (
-        "crypto/kex.py",
+        "hybridkex.crypto.kex",
         """
 _whole = _join
 def _join(secrets):
@@ -59,7 +60,7 @@ def _join(secrets):
         {"test_ecdh_cannot_be_left_out"},
     ),
     "the key schedule leaves out the key exchange": (
-        "crypto/schedule.py",
+        "hybridkex.crypto.schedule",
         """
 _next = EarlySecret.handshake_secret
 EarlySecret.handshake_secret = lambda self, shared: _next(self, Secret(bytes(32)))
@@ -67,42 +68,42 @@ EarlySecret.handshake_secret = lambda self, shared: _next(self, Secret(bytes(32)
         {"test_the_key_exchange_cannot_be_left_out"},
     ),
 }
-"""What happens, where, the lines that are appended there, and the tests that must fail."""
+"""What happens, where, the lines that are run at its end, and the tests that must fail."""
+
+
+Mutants = subprocess.Popen[str]
+
+
+@pytest.fixture(scope="module")
+def mutants() -> Iterator[Mutants]:
+    """The process that mutants are forked from."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join((str(HERE), str(HERE.parents[2]))),
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+    }
+    command = [sys.executable, "mutants.py"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=HERE, env=environment, text=True, **pipes) as process:
+        yield process
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
-def test_the_suite_notices(mutation: str, tmp_path: Path) -> None:
-    file, lines, expected = MUTATIONS[mutation]
-    shutil.copytree(ROOT / "hybridkex", tmp_path / "hybridkex")
-    with (tmp_path / "hybridkex" / file).open("a", encoding="utf-8") as module:
-        module.write(lines)
-    for name in (LEGS, "rndl_glue.py"):
-        shutil.copy(ROOT / "tests/demos/rndl" / name, tmp_path)
-    command = [sys.executable, "-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider", LEGS]
-    # With a folder of its own, it does not delete those of earlier runs when it ends.
-    folders = ["--rootdir", str(tmp_path), "--basetemp", str(tmp_path / "tmp")]
-    process = subprocess.run(
-        [*command, "-c", os.devnull, *folders],
-        cwd=tmp_path,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(tmp_path),
-            "PYTHONDONTWRITEBYTECODE": "1",
-            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-        },
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+def test_the_suite_notices(mutation: str, mutants: Mutants, tmp_path: Path) -> None:
+    module, lines, expected = MUTATIONS[mutation]
+    assert mutants.stdin is not None
+    assert mutants.stdout is not None
+    print(json.dumps([module, lines, str(tmp_path)]), file=mutants.stdin, flush=True)
+    status = int(mutants.stdout.readline())
+    output = (tmp_path / "output").read_text(encoding="utf-8")
     failed = {
         line.split("::")[1].split(" ")[0]
-        for line in process.stdout.splitlines()
+        for line in output.splitlines()
         if line.startswith(f"FAILED {LEGS}::")
     }
-    assert process.returncode == (1 if expected else 0), process.stdout + process.stderr
-    assert failed >= expected, process.stdout
+    assert status == (1 if expected else 0), output
+    assert failed >= expected, output
     # They fail because the adversary read what it lacks a secret for, not for another reason.
     told = r"^E .*assert \[True, (?:True|False)\] == \[False, False\]$"
-    read = re.findall(told, process.stdout, re.M)
+    read = re.findall(told, output, re.M)
     assert len(read) == len(expected)

@@ -115,15 +115,27 @@ def _channel_arguments(options: ChannelOptions) -> dict[str, Any]:
         arguments["suites"] = tuple(_pick("cipher suite", options.suites, ALL_SUITES))
     if options.alpn is not None:
         arguments["alpn"] = tuple(options.alpn)
+    qkd = psk = qkd_requirement(options.qkd)
     if options.psk is not None:
         arguments["psks"] = (_psk(options.psk, options),)
+        psk = Requirement.REQUIRE
+        if qkd is not Requirement.OFF:
+            raise ConfigError(
+                "--psk and QKD keys exclude each other: one PSK goes into a handshake"
+            )
     elif options.psk_import is not None or options.psk_hash is not None:
         about = "--psk-hash" if options.psk_import is None else "--psk-import"
         raise ConfigError(f"{about} requires --psk")
-    qkd = qkd_requirement(options.qkd)
-    if qkd is not Requirement.OFF and options.psk is not None:
-        raise ConfigError("--psk and QKD keys exclude each other: one PSK goes into a handshake")
-    psk = Requirement.REQUIRE if options.psk is not None else qkd
+    update, fresh_keys = _update_arguments(options, qkd)
+    policy = Policy(post_quantum=post_quantum, psk=psk, fresh_keys=fresh_keys)
+    return {**arguments, **update, "policy": policy}
+
+
+def _update_arguments(
+    options: ChannelOptions, qkd: Requirement
+) -> tuple[dict[str, Any], Requirement]:
+    """The keywords about key updates and one-time pads, and what the policy says of updates."""
+    arguments: dict[str, Any] = {}
     fresh_keys = Requirement.OFF
     if options.fresh_keys is not None:
         fresh_keys = Requirement(options.fresh_keys_policy or Requirement.REQUIRE.value)
@@ -139,8 +151,7 @@ def _channel_arguments(options: ChannelOptions) -> dict[str, Any]:
         arguments["one_time_pad"] = OneTimePad()
         if fresh_keys is Requirement.OFF:
             fresh_keys = Requirement.REQUIRE
-    arguments["policy"] = Policy(post_quantum=post_quantum, psk=psk, fresh_keys=fresh_keys)
-    return arguments
+    return arguments, fresh_keys
 
 
 def _pick(what: str, names: list[str], known: tuple[N, ...]) -> Iterator[N]:

@@ -48,7 +48,7 @@ def learn(
     return inner, child[leaf]
 
 
-def settle(
+def settle(  # noqa: PLR0913  # as cascade_loops.settle
     differs: Bits,
     known: Bits,
     active: Bits,

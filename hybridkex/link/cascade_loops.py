@@ -45,7 +45,7 @@ def learn(differs: Any, known: Any, active: Any, nodes: Any, told: Any, room: in
 
 
 @compiled
-def settle(
+def settle(  # noqa: C901, PLR0913  # compiled: arrays and numbers, and no calls
     differs: Any,
     known: Any,
     active: Any,

@@ -168,7 +168,7 @@ def _free(settings: tuple[float, ...], pairs: bool) -> NDArray[np.float64]:
     return numbers
 
 
-def optimise(
+def optimise(  # noqa: C901, PLR0913  # keywords with defaults; one search
     channel: Channel,
     *,
     key_detections: float,

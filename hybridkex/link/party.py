@@ -215,7 +215,7 @@ class _Party(Generic[L]):
 
     direction: Direction
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # keywords with defaults
         self,
         stream: trio.abc.Stream,
         settings: LinkSettings,

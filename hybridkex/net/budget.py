@@ -219,7 +219,7 @@ class Budget:
         freed: called when a place has become free.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # keywords with defaults
         self,
         total: int,
         *,

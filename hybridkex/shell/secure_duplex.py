@@ -41,6 +41,7 @@ from hybridkex.shell.secure_pipe import SecurePipe
 from hybridkex.tls.config import ClientConfig, ServerConfig
 from hybridkex.tls.connection import ClientConnection, ServerConnection, connection_for
 from hybridkex.tls.events import ApplicationData, PskWanted, SessionProposed, TicketReceived
+from hybridkex.tls.events import Event as EngineEvent
 from hybridkex.tls.one_time_pad import PadBudget
 from hybridkex.tls.protection import FULL_RECORD
 from hybridkex.tls.session import Session
@@ -319,10 +320,7 @@ class SecureDuplex:
             except HybridkexError as error:
                 await self._fail(error)
             if self._renewer is not None:
-                if event is not None:
-                    self._renewer.saw(event)
-                if connection.has_data_to_send:
-                    self._renewer.wake()
+                self._renew_after(self._renewer, event)
             if isinstance(event, ApplicationData) or connection.close_received:
                 self._has_carried_data = True
                 if not waited:
@@ -342,6 +340,12 @@ class SecureDuplex:
                 await self._fail(error)
             except HybridkexError as error:
                 await self._fail(error)
+
+    def _renew_after(self, renewer: KeyRenewer, event: EngineEvent | None) -> None:
+        if event is not None:
+            renewer.saw(event)
+        if self._connection.has_data_to_send:
+            renewer.wake()
 
     async def _wait_for_key(self, pads: PadFiller) -> None:
         try:

@@ -90,7 +90,7 @@ def _secured(
     ]
 
 
-async def serve_secure_tcp(
+async def serve_secure_tcp(  # noqa: PLR0913  # those of trio.serve_ssl_over_tcp, and our limits
     handler: Callable[[SecureStream[trio.SocketStream]], Awaitable[object]],
     port: int,
     config: ServerConfig,

@@ -393,16 +393,22 @@ class ReadingHalf:
                     if isinstance(opened, DataItem):
                         return opened
                     continue
-                if record.type == ContentType.CHANGE_CIPHER_SPEC:
-                    self._check_change_cipher_spec(record)
-                    continue
-                if self._skip_unprotected and record.type == _APPLICATION:
-                    self._spend_early_data(len(record.fragment))
+                if self._is_skipped(record):
                     continue
                 type_, content = record.type, bytes(record.fragment)
             item = self._content(type_, content)
             if item is not None:
                 return item
+
+    def _is_skipped(self, record: Record) -> bool:
+        """Whether an unprotected record is one that changes nothing."""
+        if record.type == ContentType.CHANGE_CIPHER_SPEC:
+            self._check_change_cipher_spec(record)
+            return True
+        if self._skip_unprotected and record.type == _APPLICATION:
+            self._spend_early_data(len(record.fragment))
+            return True
+        return False
 
     def _padded(self, pad: Pad, sealed: bytes) -> tuple[int, bytes]:
         """The content of a record under the one-time pad: application data or an alert."""
@@ -453,7 +459,9 @@ class ReadingHalf:
             return AlertItem(content[0], content[1])
         raise UnexpectedMessage(f"a record of type {type_} out of place", Reason.RECORD_TYPE)
 
-    def _open(self, read: ReadProtection, first: Record) -> DataItem | None:
+    def _open(  # noqa: C901  # section 5 has as many cases
+        self, read: ReadProtection, first: Record
+    ) -> DataItem | None:
         """Decrypt a record and all the application data that follows it, into one buffer.
 
         What comes behind the data, an error included, is set aside until the data is taken: the

@@ -297,10 +297,37 @@ def dev_up(options: DevUpOptions) -> int:
             raise ConfigError(
                 f"{options.folder / name} exists already and is not replaced: choose a new folder"
             )
-    if options.distance is not None and options.producer != "link":
-        raise ConfigError("--distance requires --producer link")
-    if options.distance is not None and not 0 <= options.distance < math.inf:
-        raise ConfigError("--distance must be a number of km, 0 or more")
+    if options.distance is not None:
+        if options.producer != "link":
+            raise ConfigError("--distance requires --producer link")
+        if not 0 <= options.distance < math.inf:
+            raise ConfigError("--distance must be a number of km, 0 or more")
+    try:
+        write_files(_dev_files(options, config, ports))
+    except OSError as error:
+        raise write_error(error.filename or options.folder, error) from None
+    if options.no_serve:
+        print(config)
+        return 0
+
+    def announce(where: Serving) -> None:
+        _print_where(where)
+        print("\nTry, in two other terminals:\n")
+        alice, bob = (
+            _channel_options(options.folder, where.kmes[kme], sae, options.tls)
+            for kme, sae in SITES
+        )
+        print(f"  hybridkex listen 4433 --bind 127.0.0.1 {bob} --peer-sae alice\n")
+        print(f"  hybridkex connect 127.0.0.1 4433 {alice} --peer-sae bob\n", flush=True)
+
+    set_up_logging(options.log_level)
+    return _run_server(partial(load_config, config), announce)
+
+
+def _dev_files(
+    options: DevUpOptions, config: Path, ports: list[int]
+) -> dict[Path, tuple[bytes, int]]:
+    """The files of both sites, each with its mode: certificates, keys and the configuration."""
     ca = DevCa.create("hybridkex development KME CA")
     files: dict[Path, tuple[bytes, int]] = {}
     text = _DEV_CONFIG
@@ -326,26 +353,7 @@ def dev_up(options: DevUpOptions) -> int:
         if options.producer == "link":
             text += f"[kme.limits]\nmax_key_count = {_DEV_STOCK}\n"
     files[config] = text.encode("utf-8"), PUBLIC
-    try:
-        write_files(files)
-    except OSError as error:
-        raise write_error(error.filename or options.folder, error) from None
-    if options.no_serve:
-        print(config)
-        return 0
-
-    def announce(where: Serving) -> None:
-        _print_where(where)
-        print("\nTry, in two other terminals:\n")
-        alice, bob = (
-            _channel_options(options.folder, where.kmes[kme], sae, options.tls)
-            for kme, sae in SITES
-        )
-        print(f"  hybridkex listen 4433 --bind 127.0.0.1 {bob} --peer-sae alice\n")
-        print(f"  hybridkex connect 127.0.0.1 4433 {alice} --peer-sae bob\n", flush=True)
-
-    set_up_logging(options.log_level)
-    return _run_server(partial(load_config, config), announce)
+    return files
 
 
 def _channel_options(folder: Path, address: TcpAddress, sae: str, tls: str) -> str:

@@ -90,7 +90,7 @@ class AsyncioStream:
 
     @property
     def _connection(self) -> SimpleNamespace:
-        return SimpleNamespace(_state=self._writer.transport._connection._state)
+        return SimpleNamespace(_state=self._writer.transport._life.engine._state)
 
     def export(self, label: bytes, context: bytes, length: int) -> Secret:
         secret: Secret = self._writer.transport.export(label, context, length)

@@ -119,7 +119,7 @@ async def test_small_blocks_end_in_keys_an_abort_or_one_line(
 
 @pytest.mark.parametrize(("name", "distance"), [("lim2014", 0), ("gys2005", 10), ("lim2014", 80)])
 def test_the_search_finds_a_way_out_of_where_there_is_no_key(name: str, distance: float) -> None:
-    """Each starting point lies where 1,500 bits make no key."""
+    """Each of the other starting points lies where 1,500 bits make no key."""
     assert tuned(PRESETS[name].at(distance), 1500)
 
 

@@ -44,7 +44,7 @@ TAIL_BYTES: Final = 1 << 20
 """More than any record has."""
 FILE_BYTES: Final = 1 << 28
 """The size after which another file is begun."""
-TELL_EVERY: Final = 60.0
+REPORT_EVERY: Final = 60.0
 """Seconds between two lines of the log with the head."""
 
 
@@ -88,7 +88,7 @@ class AuditTrail:
         self._failing = False
         self._log = BoundedLog(LOG, rate=1 / 60)
         """On a full disk, short records may find room."""
-        self._told = 0.0
+        self._reported_at = 0.0
         try:
             folder.mkdir(mode=0o700, exist_ok=True)
             check_own(folder)
@@ -131,8 +131,8 @@ class AuditTrail:
             self._tell()
 
     def _tell(self) -> None:
-        if time.monotonic() > self._told + TELL_EVERY:
-            self._told = time.monotonic()
+        if time.monotonic() > self._reported_at + REPORT_EVERY:
+            self._reported_at = time.monotonic()
             LOG.info("%s: audit trail %s, record %d: head %s", self._kme, self._name, self._number,
                      self._head)  # fmt: skip
 

@@ -235,7 +235,7 @@ class Budget:
         self._what = what
         self._descriptors = descriptors
         self._fewest = fewest
-        self._told = total
+        self._logged_total = total
         self.total = total
         self.each = each
         self._patience = patience
@@ -249,14 +249,14 @@ class Budget:
     def total(self) -> int:
         """Connections at once, as far as the process has descriptors for them."""
         room = room_for(self._total, each=self._descriptors, fewest=self._fewest)
-        if room < self._told:  # there are more servers than before
-            self._told = self._bounded()
+        if room < self._logged_total:  # there are more servers than before
+            self._logged_total = self._bounded()
         return room
 
     @total.setter
     def total(self, connections: int) -> None:
         self._total = connections
-        self._told = self._bounded()
+        self._logged_total = self._bounded()
 
     def _bounded(self) -> int:
         return bounded(self._total, self._what, each=self._descriptors, fewest=self._fewest)

@@ -71,7 +71,7 @@ class PendingConnections(Generic[T]):
             self._silent.put(connection, stream)
         else:
             self._speaking.put(connection, stream)
-        self._sort(connection.address)
+        self._update_crowd(connection.address)
 
     def fileno(self) -> int:
         """A descriptor that is readable while a silent connection has sent something or has ended;
@@ -89,7 +89,7 @@ class PendingConnections(Generic[T]):
         if connection in self._watched:
             self._unwatch(connection)
             self._speaking.put(connection, self._silent.remove(connection))
-            self._sort(connection.address)
+            self._update_crowd(connection.address)
 
     def next_address(self) -> tuple[str, bool] | None:
         """The address whose turn it is, and whether it has sent something; ``None`` if no
@@ -115,7 +115,7 @@ class PendingConnections(Generic[T]):
             found = self._speaking.take(address)
         else:
             found = self._hushed(self._silent.take(address))
-        self._sort(address)
+        self._update_crowd(address)
         return found
 
     def leave(self, connection: Connection) -> bool:
@@ -127,7 +127,7 @@ class PendingConnections(Generic[T]):
             return False
         else:
             self._speaking.remove(connection)
-        self._sort(connection.address)
+        self._update_crowd(connection.address)
         return True
 
     def crowded_out(self) -> tuple[Connection, T] | None:
@@ -148,10 +148,10 @@ class PendingConnections(Generic[T]):
             found = self._hushed(self._silent.take_oldest(address))
         else:
             found = self._speaking.take_oldest(address)
-        self._sort(address)
+        self._update_crowd(address)
         return found
 
-    def _sort(self, address: str) -> None:
+    def _update_crowd(self, address: str) -> None:
         """Note how many connections an address has: with thousands of addresses, looking at all of
         them for each new connection would take too long."""
         before = self._crowd_of.pop(address, None)

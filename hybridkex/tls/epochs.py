@@ -1,6 +1,6 @@
 """The epochs of a session: what each key update made, and what went into it."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Final
 
@@ -67,13 +67,5 @@ class Epoch:
 
     def as_json(self) -> dict[str, object]:
         """Plain values under stable names."""
-        return {
-            "number": self.number,
-            "began_at": self.began_at,
-            "why": self.why,
-            "group": self.group,
-            "confirmed": self.confirmed,
-            "qkd_key_ids": list(self.qkd_key_ids),
-            "qkd_sources": list(self.qkd_sources),
-            "qkd_missing": self.qkd_missing,
-        }
+        lists = {"qkd_key_ids": list(self.qkd_key_ids), "qkd_sources": list(self.qkd_sources)}
+        return asdict(self) | lists

@@ -1,6 +1,6 @@
 """The one-time pad of a session: its configuration, its budget, and the protocol for its keys."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Final, Protocol, runtime_checkable
 
 from hybridkex.crypto.one_time_pad import OVERHEAD, POINT, Pad
@@ -96,16 +96,8 @@ class PadBudget:
 
     def as_json(self) -> dict[str, int | None]:
         """Plain values under stable names."""
-        return {
-            "sending": self.sending,
-            "sent": self.sent,
-            "receiving": self.receiving,
-            "received": self.received,
-            "record": self.record,
-            "stock": self.stock,
-            "message": self.message,
-            "message_with_stock": self.message_with_stock,
-        }
+        computed = {"message": self.message, "message_with_stock": self.message_with_stock}
+        return asdict(self) | computed
 
 
 def content_within(pad: int, record_limit: int) -> int:

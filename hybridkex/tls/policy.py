@@ -87,11 +87,5 @@ class Policy:
 
     def as_json(self) -> dict[str, str | None]:
         """Plain values under stable names."""
-        return {
-            "post_quantum": self.post_quantum.value,
-            "psk": self.psk.value if self.psk else None,
-            "authentication": self.authentication.value if self.authentication else None,
-            "fresh_keys": self.fresh_keys.value if self.fresh_keys else None,
-            "fresh_qkd": self.fresh_qkd.value if self.fresh_qkd else None,
-            "one_time_pad": self.one_time_pad.value if self.one_time_pad else None,
-        }
+        values = vars(self).items()
+        return {name: value and value.value for name, value in values if name != "session_lifetime"}

@@ -20,15 +20,14 @@ import trio
 
 from hybridkex import ClientConfig, SecureStream, ServerConfig, Session
 from hybridkex.apps.handshakes import handshake_failed
-from hybridkex.apps.port_file import check_new_file, write_port
 from hybridkex.apps.tcp import no_connection, reset, set_reset
 from hybridkex.apps.tunnel.config import TunnelConfig, TunnelSettings, check_together
 from hybridkex.apps.tunnel.forward import Activity, ConnectionCut, Leg, forward
 from hybridkex.apps.tunnel.metrics import TunnelCounters, TunnelMetrics
-from hybridkex.apps.tunnel.sockets import Listening, connect, listen_for
+from hybridkex.apps.tunnel.sockets import Listening, connect, listen_for, write_ports
 from hybridkex.errors import ConfigError, HybridkexError
 from hybridkex.machine import is_scarce, refusal
-from hybridkex.net.address import Address, TcpAddress
+from hybridkex.net.address import Address
 from hybridkex.net.budget import Budget, Connection, TooManyConnections
 from hybridkex.net.readiness import Readiness
 from hybridkex.net.sockets import keep_alive
@@ -206,14 +205,11 @@ class TunnelServer:
 
     def where(self, name: str) -> Address:
         """The address of a tunnel, with its actual port."""
-        listening = next(
-            endpoint.listening
+        return next(
+            endpoint.listening.bound
             for endpoint in self._endpoints.values()
             if endpoint.active.config.name == name
         )
-        if isinstance(listening.address, TcpAddress) and listening.port is not None:
-            return TcpAddress(listening.address.host, listening.port)
-        return listening.address
 
     async def apply(self, tunnels: Collection[TunnelConfig]) -> None:
         """Apply a new configuration, completely or not at all.
@@ -248,14 +244,10 @@ class TunnelServer:
                 budget = Budget(config.max_connections, descriptors=2, even_shares=True)
                 opened[key] = await self._open_endpoint(active, budget)
                 undo.push_async_callback(_shielded, opened[key].aclose)
-            port_files = []
-            for key, active in fresh.items():
-                port = (opened.get(key) or self._endpoints[key]).listening.port
-                if active.config.port_file is not None and port is not None:
-                    check_new_file(active.config.port_file)
-                    port_files.append((active.config.port_file, port))
-            for path, port in port_files:
-                write_port(path, port)
+            write_ports(
+                (active.config, (opened.get(key) or self._endpoints[key]).listening)
+                for key, active in fresh.items()
+            )
             undo.pop_all()
         # Nothing below can fail.
         for key in [key for key in self._endpoints if key not in fresh or key in opened]:

@@ -5,11 +5,12 @@ import errno
 import os
 import socket
 import stat
+from collections.abc import Iterable
 from typing import Final
 
 import trio
 
-from hybridkex.apps.port_file import check_new_file
+from hybridkex.apps.port_file import check_new_file, write_port
 from hybridkex.apps.tcp import no_connection
 from hybridkex.apps.tunnel.config import TunnelConfig, TunnelSettings
 from hybridkex.errors import ConfigError
@@ -48,12 +49,11 @@ class Listening:
         self._inode = _inode(address.path) if owned and isinstance(address, UnixAddress) else None
 
     @property
-    def port(self) -> int | None:
-        """The TCP port; ``None`` for a Unix socket."""
+    def bound(self) -> Address:
+        """The address, with the actual port."""
         if isinstance(self.address, UnixAddress):
-            return None
-        port: int = self.listeners[0].socket.getsockname()[1]
-        return port
+            return self.address
+        return TcpAddress(self.address.host, self.listeners[0].socket.getsockname()[1])
 
     @property
     def reachable(self) -> bool:
@@ -179,3 +179,20 @@ def _remove_stale(path: str) -> None:
     if found != errno.ECONNREFUSED:
         raise ConfigError(f"cannot listen on unix:{path}: another process listens there")
     os.unlink(path)
+
+
+def write_ports(opened: Iterable[tuple[TunnelConfig, Listening]]) -> None:
+    """Write the actual ports of tunnels to their ``port_file``, once all of these can be written.
+
+    Raises:
+        ConfigError: one of them cannot.
+    """
+    ports = [
+        (config.port_file, listening.bound.port)
+        for config, listening in opened
+        if config.port_file is not None and isinstance(listening.bound, TcpAddress)
+    ]
+    for path, _ in ports:
+        check_new_file(path)
+    for path, port in ports:
+        write_port(path, port)

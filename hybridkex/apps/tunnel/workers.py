@@ -15,20 +15,19 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any, Final, TypeAlias
 
 import trio
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
 
-from hybridkex.apps.port_file import check_new_file, write_port
-from hybridkex.apps.tunnel.config import TunnelConfig, TunnelSettings, check_together
-from hybridkex.apps.tunnel.sockets import Listening, listen_for
+from hybridkex.apps.tunnel.config import TunnelSettings, check_together
+from hybridkex.apps.tunnel.sockets import Listening, listen_for, write_ports
 from hybridkex.apps.tunnel.worker import Orders, messages
 from hybridkex.errors import ConfigError, HybridkexError
 from hybridkex.machine import refusal
-from hybridkex.net.address import Address, TcpAddress
+from hybridkex.net.address import Address
 from hybridkex.text import get_logger
 
 LOG: Final = get_logger("hybridkex.tunnel")
@@ -63,22 +62,22 @@ class _Worker:
         """Open as long as the process runs and this one does."""
         self.pid: Final = process.pid
         self._stream = stream
-        self._saying = trio.Lock()
-        self._told = trio.Event()
-        """Set when it has answered the last request for its metrics."""
-        self._told.set()
+        self._sending = trio.Lock()
+        self._answered = trio.Event()
+        """Set when the last request for its metrics was answered."""
+        self._answered.set()
         self.ready = trio.Event()
-        """Set when it is ready, or will never be."""
+        """Set when the worker is ready, or has failed to start."""
         self.closed = trio.Event()
         """Set when it accepts no more connections."""
         self.error: str | None = "a worker ended before it was ready"
         """Why it is not ready."""
         self.retired = False
-        """Whether it has been told to end."""
+        """Whether it was asked to end."""
         self.stopped = False
         """Whether it has been killed."""
         self.metrics: list[Any] = []
-        """The last that it has told."""
+        """Those of its last answer."""
 
     async def listen(self) -> None:
         async with self._stream:
@@ -90,35 +89,35 @@ class _Worker:
                     self.error = message["error"]
                 elif "metrics" in message:
                     self.metrics = message["metrics"]
-                    self._told.set()
+                    self._answered.set()
                 elif "closed" in message:
                     self.closed.set()
-            self._told.set()
+            self._answered.set()
             self.closed.set()
             await self.process.wait()
             self.ready.set()
 
-    async def say(self, **fields: object) -> None:
-        """Tell it something; it may be gone."""
+    async def send(self, **fields: object) -> None:
+        """Send a message; the worker may be gone."""
         gone = (trio.BrokenResourceError, trio.ClosedResourceError)
         with contextlib.suppress(*gone):
-            async with self._saying:
+            async with self._sending:
                 await self._stream.send_all(json.dumps(fields).encode() + b"\n")
 
     def stop(self) -> None:
         self.retired = self.stopped = True
         self.process.kill()
 
-    async def tell_metrics(self) -> None:
+    async def update_metrics(self) -> None:
         """Bring :attr:`metrics` up to date."""
-        if self._told.is_set():
-            self._told = trio.Event()
+        if self._answered.is_set():
+            self._answered = trio.Event()
             # One request at a time: those to a worker that hangs would fill its control socket, and
             # the next message to it would wait forever.
             with trio.CancelScope(shield=True):
-                await self.say(metrics=True)
+                await self.send(metrics=True)
         with trio.move_on_after(SCRAPE_SECONDS):
-            await self._told.wait()
+            await self._answered.wait()
 
 
 class WorkerPool:
@@ -177,7 +176,7 @@ class WorkerPool:
             for worker in there:
                 worker.retired = True
             for worker in there:
-                await worker.say(close=grace)
+                await worker.send(close=grace)
             with trio.move_on_after(grace + SURE_SECONDS) as scope:
                 while self._workers and not self._closing.is_set():  # noqa: ASYNC110
                     await trio.sleep(0.02)
@@ -194,10 +193,7 @@ class WorkerPool:
     def where(self, name: str) -> Address:
         """The address of a tunnel, with its actual port."""
         config = next(one for one in self._settings.tunnels if one.name == name)
-        listening = self._listening[config.endpoint]
-        if isinstance(listening.address, TcpAddress) and listening.port is not None:
-            return TcpAddress(listening.address.host, listening.port)
-        return listening.address
+        return self._listening[config.endpoint].bound
 
     async def apply_settings(self, settings: TunnelSettings) -> None:
         """Apply a new configuration, completely or not at all.
@@ -233,7 +229,7 @@ class WorkerPool:
             fresh = await self._start_ready(settings.workers, settings, listening)
             for worker in fresh:
                 undo.callback(worker.stop)
-            _write_ports(settings.tunnels, listening)
+            write_ports((one, listening[one.endpoint]) for one in settings.tunnels)
             undo.pop_all()
         # Nothing below can fail.
         with trio.CancelScope(shield=True):
@@ -247,9 +243,9 @@ class WorkerPool:
             for _ in fresh - self._current:  # those that have ended already
                 self._replacing.start_soon(self._replace, 0.0)
             for worker in fresh:
-                await worker.say(go=True)
+                await worker.send(go=True)
             for worker in before:
-                await worker.say(close=None)
+                await worker.send(close=None)
             with trio.move_on_after(CLOSE_SECONDS):  # one that hangs delays nothing for longer
                 for worker in before:
                     await worker.closed.wait()
@@ -365,7 +361,7 @@ class WorkerPool:
                     fresh &= self._workers  # or it has ended already
                     self._current |= fresh
                     for worker in fresh:
-                        await worker.say(go=True)
+                        await worker.send(go=True)
                     if fresh:
                         return
             wait = min(2 * wait, MOST_AGAIN_SECONDS)
@@ -406,7 +402,7 @@ class WorkerPool:
         """The sums of all workers' metrics, as they are now."""
         async with trio.open_nursery() as nursery:
             for worker in self._workers:
-                nursery.start_soon(worker.tell_metrics)
+                nursery.start_soon(worker.update_metrics)
         registry = CollectorRegistry()
         registry.register(_Sums([worker.metrics for worker in self._workers], self._gone))
         return registry
@@ -449,17 +445,6 @@ def _joined(name: str, one: float | None, other: float) -> float:
     if one is None:
         return other
     return min(one, other) if name.endswith("_created") else one + other
-
-
-def _write_ports(tunnels: Collection[TunnelConfig], listening: dict[_Key, Listening]) -> None:
-    found = []
-    for config in tunnels:
-        port = listening[config.endpoint].port
-        if config.port_file is not None and port is not None:
-            check_new_file(config.port_file)
-            found.append((config.port_file, port))
-    for path, port in found:
-        write_port(path, port)
 
 
 def _check_ready(workers: set[_Worker]) -> None:

@@ -33,7 +33,7 @@ from hybridkex.link.presets import preset
 from hybridkex.link.quantum import OpticalLink
 from hybridkex.link.ranges import file_kind
 from hybridkex.link.settings import MOST_DETECTIONS, LinkSettings
-from hybridkex.machine import write_error
+from hybridkex.machine import writing
 from hybridkex.net.address import TcpAddress, parse_tcp_address
 from hybridkex.net.budget import Budget, Connection
 from hybridkex.net.listening import open_tcp_listeners
@@ -61,7 +61,7 @@ def record(options: RecordOptions) -> int:
     light = OpticalLink(chosen.channel, chosen.transmitter, seed=options.seed)
     seen = run_trio(partial(light.detect, options.detections))
     sent = light.record.recall(seen.pulse)
-    try:
+    with writing(options.output):
         options.output.mkdir(exist_ok=True)
         for path, measured in (
             (
@@ -74,8 +74,6 @@ def record(options: RecordOptions) -> int:
         ):
             write_measured(path, measured, chosen)
             print(path)
-    except OSError as error:
-        raise write_error(options.output, error) from None
     return 0
 
 
@@ -140,16 +138,12 @@ def _kept(options: DistilOptions, measured: list[Measured]) -> Iterator[Callable
     key_line = len(f"{uuid.UUID(int=0)} \n") + 2 * ((options.key_bits + 7) // 8)
     path = options.keys
     with ExitStack() as stack:
-        try:
+        with writing(path):
             write = stack.enter_context(reserve_file(path, most * key_line))
-        except OSError as error:
-            raise write_error(path, error) from None
 
         def keep(lines: str) -> None:
-            try:
+            with writing(path):
                 write(lines.encode())
-            except OSError as error:
-                raise write_error(path, error) from None
 
         yield keep
 

@@ -23,7 +23,7 @@ from hybridkex.errors import ConfigError, LocalStateError
 from hybridkex.files import reserve_file
 from hybridkex.link.ranges import PICTURES, file_kind
 from hybridkex.link.scan import ERROR, SUFFIXES, failed, grid, read_scan, scan, write_scan
-from hybridkex.machine import write_error
+from hybridkex.machine import writing
 from hybridkex.text import printable
 
 CONNECT_SECONDS: Final = 10
@@ -93,19 +93,14 @@ def run_scan(options: ScanOptions) -> int:
             raise ConfigError(f"--vary {name} is given twice: write all of its values in one")
         axes[name] = values
     points = grid(axes)
-    try:
-        with reserve_file(options.output, 1):
-            pass  # a place that cannot be written to is better known before hours of work
-    except OSError as error:
-        raise write_error(options.output, error) from None
+    with writing(options.output), reserve_file(options.output, 1):
+        pass  # a place that cannot be written to is better known before hours of work
     with _executor(options) as executor, _progress(len(points)) as progress:
         rows = scan(
             points, blocks=options.blocks, seed=options.seed, executor=executor, progress=progress
         )
-    try:
+    with writing(options.output):
         write_scan(options.output, rows)
-    except OSError as error:
-        raise write_error(options.output, error) from None
     print(f"{options.output}: {len(rows)} rows")
     wrong = [row[ERROR] for row in rows if ERROR in row]
     if wrong:
@@ -238,10 +233,8 @@ def plot(options: PlotOptions) -> int:
             distance_km=200.0 if options.distance is None else options.distance,
             block_bits=options.block_bits,
         )
-    try:
+    with writing(options.output):
         save(figure, options.output)
-    except OSError as error:
-        raise write_error(options.output, error) from None
     print(options.output)
     if wrong:
         print(

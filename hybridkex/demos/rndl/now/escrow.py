@@ -82,7 +82,7 @@ class _Watched:
 
     def __init__(self, inner: KeyExchange, keep: Callable[[str, Any], None]) -> None:
         self._inner = inner
-        self._keep = keep
+        self._record = keep
         self.name = inner.name
         self.properties = inner.properties
         self.parts: tuple[KeyExchange, ...] = (self,)
@@ -93,7 +93,7 @@ class _Watched:
         started = self._inner.start()
         primitive = ECDH if self.properties is Property.CLASSICAL else ML_KEM
         # The library's own exchanges have this attribute; plug-ins need not.
-        self._keep(primitive, started.private_key)  # type: ignore[attr-defined]
+        self._record(primitive, started.private_key)  # type: ignore[attr-defined]
         return started
 
     def respond(self, peer_share: bytes) -> tuple[bytes, Secret]:

@@ -7,9 +7,9 @@ worker. ``examples/asgi_server.py`` does the same on trio.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from typing import Any, Final
 
 from hypercorn.asyncio.lifespan import Lifespan
 from hypercorn.asyncio.tcp_server import TCPServer
@@ -18,14 +18,24 @@ from hypercorn.config import Config
 from hypercorn.typing import ASGIFramework
 from hypercorn.utils import wrap_app
 
-from hybridkex.aio import start_server
+from hybridkex.aio.connect import listen
+from hybridkex.aio.places import Places
+from hybridkex.aio.streams import StreamProtocol
+from hybridkex.aio.transport import SecureTransport, time_limits
+from hybridkex.net.event_loop import begun, shielded
 from hybridkex.tls.config import ServerConfig, check_config
 
 __all__ = ["serve"]
 
-LOST_SECONDS = 0.1
+_Tasks = Collection["asyncio.Task[Any]"]
+
+_LOST_SECONDS: Final = 0.1
 """The time that a connection has to end once its transport is gone, before its tasks are
-cancelled."""
+cancelled; and between two cancellations."""
+_CANCEL_SECONDS: Final = 3.0
+"""For which tasks are cancelled over and over: an application may catch it."""
+_ACCEPT_TURNS: Final = 3
+"""Turns of the loop after which a connection that it has accepted has a transport."""
 
 
 async def serve(
@@ -48,63 +58,134 @@ async def serve(
             ``ssl_handshake_timeout``.
         started: called with the port when the server listens.
 
+    When this is cancelled, connections have ``settings.graceful_timeout`` to end; a second
+    cancellation ends them at once. Then the application gets ``lifespan.shutdown``.
+
     Raises:
         OSError: the server cannot listen there.
         ConfigError: ``config`` is not a ``ServerConfig``.
+        ValueError: ``ssl_handshake_timeout`` is not positive.
     """
     check_config(config, ServerConfig)
     settings, state = settings or Config(), dict[str, Any]()
+    time_limits(settings.ssl_handshake_timeout, None)
     loop, wrapped = asyncio.get_running_loop(), wrap_app(app, settings.wsgi_max_body_size, None)
-    context, connections = WorkerContext(None), dict[asyncio.Task[None], asyncio.StreamWriter]()
+    context, places, transports = WorkerContext(None), Places(), set[_Transport]()
+    served, tasks = set[asyncio.BaseTransport](), set[asyncio.Task[Any]]()
+
+    def accept() -> asyncio.BaseProtocol:
+        protocol = StreamProtocol(asyncio.StreamReader(loop=loop), connected, loop=loop)
+        limit = settings.ssl_handshake_timeout
+        transport = _Transport(protocol, config, ssl_handshake_timeout=limit, places=places)
+        transport.register = transports
+        return transport.receiver
+
+    def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        transport = writer.transport
+
+        def ended(task: "asyncio.Task[None]") -> None:
+            tasks.discard(task)
+            served.discard(transport)
+            transport.close()  # if hypercorn has not
+            if not task.cancelled() and (error := task.exception()) is not None:
+                loop.call_exception_handler(
+                    {"message": "a connection failed", "exception": error, "transport": transport}
+                )
+
+        if context.terminated.is_set():
+            transport.abort()
+            return
+        served.add(transport)
+        task = loop.create_task(connection(reader, writer))
+        tasks.add(task)
+        task.add_done_callback(ended)
 
     async def connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        connections[task] = writer
-        task.add_done_callback(connections.pop)
-        # asyncio would report them: we cancel, below, and hypercorn does not catch the ssl.SSLError
-        # of a connection that ended with a record that is not authentic.
-        with suppress(asyncio.CancelledError, ConnectionError):
+        # The loop would report them: hypercorn does not catch the ssl.SSLError of a connection that
+        # ended with a record that is not authentic.
+        with suppress(ConnectionError):
             try:
-                # asyncio releases the transport with its connection, whatever this task does.
-                await TCPServer(wrapped, loop, settings, context, state, reader, writer)
+                await TCPServer(application, loop, settings, context, state, reader, writer)
             except ExceptionGroup as group:
                 # hypercorn starts a task in a group that is cancelled (its pull request 374).
                 if not context.terminated.is_set() or group.split(RuntimeError)[1] is not None:
                     raise
 
+    async def application(
+        scope: Any, receive: Any, send: Any, sync_spawn: Any, call_soon: Any
+    ) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        tasks.add(task)  # hypercorn's task group would cancel it only once
+        task.add_done_callback(tasks.discard)
+        await wrapped(scope, receive, send, sync_spawn, call_soon)
+
     async with _lifespan(Lifespan(wrapped, settings, loop, state)):
-        server = await start_server(
-            connection,
-            host,
-            port,
-            config,
-            ssl_handshake_timeout=settings.ssl_handshake_timeout,
-        )
+        server = await listen(accept, host, port)
         try:
             started(server.sockets[0].getsockname()[1])
             await loop.create_future()  # until cancelled
         finally:
             server.close()
             await context.terminated.set()
-            if connections:
-                _, late = await asyncio.wait(connections, timeout=settings.graceful_timeout)
-                if late:
-                    for task in late:
-                        connections[task].transport.abort()
-                    # Under HTTP/2, an application that is cancelled before hypercorn has told it
-                    # that the connection is lost waits for ever to send its last event.
-                    _, late = await asyncio.wait(late, timeout=LOST_SECONDS)
-                for task in late:
-                    task.cancel()
-                if late:
-                    await asyncio.wait(late, timeout=settings.graceful_timeout)
+            seconds = settings.graceful_timeout
+            for _ in range(_ACCEPT_TURNS):
+                seconds = seconds if await _wait((), 0) else 0
+            for transport in transports - served:  # in a handshake
+                transport.abort()
+            await _wait(tasks, seconds)
+            for transport in set(transports):
+                transport.abort()
+            # Under HTTP/2, an application that is cancelled before hypercorn has told it that the
+            # connection is lost waits for ever to send its last event.
+            await _wait(tasks, _LOST_SECONDS)
+            await _cancel(tasks)
+            while transports:
+                await _wait((), 0)
+
+
+class _Transport(SecureTransport):
+    """A transport that is in a register while it has a socket."""
+
+    register: "set[_Transport]"
+
+    def attach(self, raw: asyncio.Transport) -> None:
+        self.register.add(self)
+        super().attach(raw)
+
+    def lost(self, error: Exception | None) -> None:
+        try:
+            super().lost(error)
+        finally:
+            self.register.discard(self)
+
+
+async def _wait(tasks: _Tasks, seconds: float) -> bool:
+    """Wait until these tasks have ended, for so long; without tasks, for a turn of the loop.
+
+    Returns whether no cancellation has ended it.
+    """
+    try:
+        await (asyncio.wait(tasks, timeout=seconds) if tasks else asyncio.sleep(0))
+    except asyncio.CancelledError:
+        return False
+    return True
+
+
+async def _cancel(tasks: _Tasks) -> None:
+    """Cancel these tasks until they have ended, for :data:`_CANCEL_SECONDS`."""
+    loop = asyncio.get_running_loop()
+    until = loop.time() + _CANCEL_SECONDS
+    while (left := {one for one in tasks if not one.done()}) and loop.time() < until:
+        for task in left:
+            task.cancel()
+        await _wait(left, _LOST_SECONDS)
 
 
 @asynccontextmanager
 async def _lifespan(lifespan: Lifespan) -> AsyncIterator[None]:
     """Run the start and the end of the application around the block; its task ends in any case."""
-    task = asyncio.create_task(lifespan.handle_lifespan())
+    task = asyncio.create_task(begun(lifespan.handle_lifespan))
     try:
         await lifespan.wait_for_startup()
         if task.done():
@@ -112,7 +193,8 @@ async def _lifespan(lifespan: Lifespan) -> AsyncIterator[None]:
         try:
             yield
         finally:
-            await lifespan.wait_for_shutdown()
+            await shielded(lifespan.wait_for_shutdown)
     finally:
-        task.cancel()
-        await asyncio.wait((task,))
+        await _cancel((task,))
+        if task.done() and not task.cancelled():
+            task.result()

@@ -125,7 +125,19 @@ async def create_server(
             places=places,
         ).receiver
 
-    start_serving = tcp.pop("start_serving", True)
+    return await listen(accept, host, port, **tcp)
+
+
+async def listen(
+    accept: Callable[[], asyncio.BaseProtocol],
+    host: Any,
+    port: int | None,
+    *,
+    start_serving: bool = True,
+    **tcp: Any,
+) -> asyncio.Server:
+    """As ``loop.create_server``; faults of accepting are logged, and a cancellation leaves no
+    socket."""
     loop = asyncio.get_running_loop()
     server = await loop.create_server(accept, host, port, start_serving=False, **tcp)
     report_accept_faults(server)

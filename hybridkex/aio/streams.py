@@ -13,7 +13,7 @@ DEFAULT_LIMIT: Final = 1 << 16
 """Half of the bytes that a StreamReader holds before it pauses reading; asyncio's default."""
 
 
-class _StreamProtocol(asyncio.StreamReaderProtocol):
+class StreamProtocol(asyncio.StreamReaderProtocol):
     """Keeps the connection open after the peer's close_notify, unlike asyncio's own: TLS 1.3 has
     half-close."""
 
@@ -68,7 +68,7 @@ async def open_connection(
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader(limit=limit, loop=loop)
     transport, protocol = await create_connection(
-        lambda: _StreamProtocol(reader, loop=loop),
+        lambda: StreamProtocol(reader, loop=loop),
         host,
         port,
         config,
@@ -103,9 +103,9 @@ async def start_server(
     """
     loop = asyncio.get_running_loop()
 
-    def factory() -> _StreamProtocol:
+    def factory() -> StreamProtocol:
         reader = asyncio.StreamReader(limit=limit, loop=loop)
-        return _StreamProtocol(reader, client_connected_cb, loop=loop)
+        return StreamProtocol(reader, client_connected_cb, loop=loop)
 
     return await create_server(factory, host, port, config, **options)
 
@@ -146,7 +146,7 @@ async def upgrade(
             "data came ahead of the TLS handshake, perhaps from an attacker: connection aborted"
         )
     secure_reader = asyncio.StreamReader(limit=limit, loop=loop)
-    protocol = _StreamProtocol(secure_reader, loop=loop)
+    protocol = StreamProtocol(secure_reader, loop=loop)
     protocol.takes_over(writer, plain.get_protocol())
     transport = await start_tls(plain, protocol, config, **options)
     protocol.connection_made(transport)

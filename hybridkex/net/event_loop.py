@@ -8,7 +8,7 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from types import ModuleType, coroutine
@@ -253,9 +253,7 @@ class Background:
             self._scope: Any = trio.CancelScope()
             trio.lowlevel.spawn_system_task(self._run)
         else:
-            run = self._run_on_asyncio()
-            run.send(None)  # up to _first_step
-            self._scope = _asyncio().ensure_future(run)
+            self._scope = _asyncio().ensure_future(begun(self._run_on_asyncio))
 
     def cancel(self) -> None:
         """End it where it waits next; it may be over."""
@@ -267,26 +265,37 @@ class Background:
             await self._function()
 
     async def _run_on_asyncio(self) -> None:
-        asyncio = _asyncio()
-        try:
-            await _first_step()
-        except asyncio.CancelledError:
-            asyncio.current_task().cancel()  # again
         try:
             await self._function()
-        except asyncio.CancelledError:
+        except _asyncio().CancelledError:
             if self._cancelled is not None:
                 await self._cancelled()
             raise
 
 
+def begun(function: Callable[[], Awaitable[None]]) -> Coroutine[Any, Any, None]:
+    """The coroutine of an asyncio task that runs a function.
+
+    asyncio does not enter the coroutine of a task that is cancelled before its first step, so that
+    no ``finally`` of it would run. This one has been entered already, and always begins the
+    function.
+    """
+    run = _begin(function)
+    run.send(None)
+    return run
+
+
+async def _begin(function: Callable[[], Awaitable[None]]) -> None:
+    asyncio = _asyncio()
+    try:
+        await _first_step()
+    except asyncio.CancelledError:
+        asyncio.current_task().cancel()  # again
+    await function()
+
+
 @coroutine
 def _first_step() -> Generator[None, None, None]:
-    """Wait for the first step of an asyncio task.
-
-    A coroutine gets here before it has a task. asyncio does not enter the coroutine of a task that
-    is cancelled before its first step, so that no ``finally`` of it would run.
-    """
     yield
 
 

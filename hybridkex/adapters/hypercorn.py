@@ -128,20 +128,29 @@ async def serve(
         finally:
             server.close()
             await context.terminated.set()
-            seconds = settings.graceful_timeout
-            for _ in range(_ACCEPT_TURNS):
-                seconds = seconds if await _wait((), 0) else 0
-            for transport in transports - served:  # in a handshake
-                transport.abort()
-            await _wait(tasks, seconds)
-            for transport in set(transports):
-                transport.abort()
-            # Under HTTP/2, an application that is cancelled before hypercorn has told it that the
-            # connection is lost waits for ever to send its last event.
-            await _wait(tasks, _LOST_SECONDS)
-            await _cancel(tasks)
-            while transports:
-                await _wait((), 0)
+            await _end(transports, served, tasks, settings.graceful_timeout)
+
+
+async def _end(
+    transports: "set[_Transport]",
+    served: "set[asyncio.BaseTransport]",
+    tasks: "set[asyncio.Task[Any]]",
+    seconds: float,
+) -> None:
+    """End all connections: those that are served after this time, or when cancelled."""
+    for _ in range(_ACCEPT_TURNS):
+        seconds = seconds if await _wait((), 0) else 0
+    for transport in transports - served:  # in a handshake
+        transport.abort()
+    await _wait(tasks, seconds)
+    for transport in set(transports):
+        transport.abort()
+    # Under HTTP/2, an application that is cancelled before hypercorn has told it that the
+    # connection is lost waits for ever to send its last event.
+    await _wait(tasks, _LOST_SECONDS)
+    await _cancel(tasks)
+    while transports:
+        await _wait((), 0)
 
 
 class _Transport(SecureTransport):

@@ -77,7 +77,7 @@ async def serve(
         protocol = StreamProtocol(asyncio.StreamReader(loop=loop), connected, loop=loop)
         limit = settings.ssl_handshake_timeout
         transport = _Transport(protocol, config, ssl_handshake_timeout=limit, places=places)
-        transport.register = transports
+        transport.register_in(transports)
         return transport.receiver
 
     def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -154,19 +154,10 @@ async def _end(
 
 
 class _Transport(SecureTransport):
-    """A transport that is in a register while it has a socket."""
+    """A transport that is in a register while it has a connection."""
 
-    register: "set[_Transport]"
-
-    def attach(self, raw: asyncio.Transport) -> None:
-        self.register.add(self)
-        super().attach(raw)
-
-    def lost(self, error: Exception | None) -> None:
-        try:
-            super().lost(error)
-        finally:
-            self.register.discard(self)
+    def register_in(self, transports: "set[_Transport]") -> None:
+        self._life.register = transports
 
 
 async def _wait(tasks: _Tasks, seconds: float) -> bool:

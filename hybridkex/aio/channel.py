@@ -119,6 +119,8 @@ class Lifecycle:
     renewer: KeyRenewer | None = None
     pads: PadFiller | None = None
     failure: Exception | None = None
+    register: set[Any] | None = None
+    """Has the transport while there is one below."""
     _timer: asyncio.TimerHandle | None = None
 
     def __init__(
@@ -156,6 +158,8 @@ class Lifecycle:
     def attach(self, raw: asyncio.Transport) -> None:
         """Start the handshake over a connected transport, which this one owns from now on."""
         self.raw = raw
+        if self.register is not None:
+            self.register.add(self._transport)
         if self.handshake is None or self.failure is not None:  # aborted before it was connected
             self._abort_raw()
             return
@@ -355,6 +359,8 @@ class Lifecycle:
         # keep the keys in memory until the garbage collector runs.
         failure, self.failure = self.failure, None
         ready, self._ready = self._ready, None
+        if self.register is not None:
+            self.register.discard(self._transport)
         self._transport = None
         aborted = failure is _ABORTED
         if failure is None and not (complete and was is _CLOSING):

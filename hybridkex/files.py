@@ -403,9 +403,8 @@ def open_private(path: str | Path, *, append: bool = False) -> BinaryIO:
         raise
 
 
-def make_private(path: str | Path) -> None:
-    """Make sure that a file exists and only its owner can read it, for a library that opens it by
-    name. The file is not opened, which would end a lock that this process has (fcntl(2)).
+def create_private(path: str | Path) -> None:
+    """Make sure that a file exists; a new one is private, another is left as it is.
 
     Raises ``PermissionError`` for what another user may have put there.
     """
@@ -413,6 +412,16 @@ def make_private(path: str | Path) -> None:
     with contextlib.suppress(FileExistsError):
         create_file(path, b"")
     check_own(path)
+
+
+def make_private(path: str | Path) -> None:
+    """Make sure that a file exists and only its owner can read it, for a library that opens it by
+    name. The file is not opened, which would end a lock that this process has (fcntl(2)).
+
+    Raises ``PermissionError`` for what another user may have put there.
+    """
+    create_private(path)
+    path = Path(_followed(path))
     status = os.lstat(path)
     wanted = _tightened(status) if stat.S_ISREG(status.st_mode) else None
     if wanted is not None:

@@ -431,7 +431,7 @@ def test_no_trust_is_read_from_what_another_user_has_put_there(
         reader(ours if kind == "our link to it" else path)
 
 
-@pytest.mark.parametrize("name", ["/proc/kmsg", "/proc/cpuinfo", "/dev/null", "empty"])
+@pytest.mark.parametrize("name", ["/proc/kmsg", "/proc/cpuinfo", "/dev/null", "empty", "text"])
 def test_what_is_no_key_pool_stays_as_it_is(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -440,6 +440,9 @@ def test_what_is_no_key_pool_stays_as_it_is(
     path = tmp_path / name
     if name == "empty":
         path.touch(mode=0o644)
+    if name == "text":
+        path.write_text("a file of another program\n" * 100)
+        path.chmod(0o644)
     key_file = tmp_path / "key"
     write_key_file(key_file)
     for names in (None, PoolNames(sae="a", kme="A", peer_sae="b", peer_kme="B")):

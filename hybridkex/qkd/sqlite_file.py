@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Final
 
 from hybridkex.errors import ConfigError
-from hybridkex.files import check_own, is_shared, make_private, read_file
+from hybridkex.files import check_own, create_private, is_shared, make_private, read_file
 
 LOCK_SECONDS: Final = 0.1
 """How long the lock is waited for: another process may look into the file for a moment."""
@@ -43,24 +43,7 @@ def open_locked(path: Path, *, what: str = "key store", create: bool = True) -> 
         ConfigError: it cannot be opened.
     """
     try:
-        if path.is_file() and not path.stat().st_size:
-            read_file(path, what=f"the {what}")  # SQLite would wait for good, as for /proc/kmsg
-        if create:
-            make_private(path)
-        # SQLite names its log after the path: through a symbolic link it would use another log.
-        real = path.resolve()
-        for suffix in ("", *_BESIDE):
-            check_own(f"{real}{suffix}")
-        found = real.stat()
-        if not stat.S_ISREG(found.st_mode):
-            raise ConfigError(f"the {what} {path} is not a regular file")
-        if found.st_nlink > 1:
-            raise ConfigError(
-                f"the {what} {path} has several names (hard links), and its log would not be found "
-                "under another one; remove the other names"
-            )
-        if found.st_size and is_shared(real):
-            make_private(f"{real}{_LOG}")  # before another user makes one
+        real = _checked(path, what, create=create)
         db = sqlite3.connect(
             f"{real.as_uri()}?mode=rw",  # an empty file in its place would have lost everything
             uri=True,
@@ -76,6 +59,11 @@ def open_locked(path: Path, *, what: str = "key store", create: bool = True) -> 
         db.execute("PRAGMA locking_mode=EXCLUSIVE")
         db.execute("BEGIN EXCLUSIVE")
         db.execute("COMMIT")
+        if create:
+            make_private(path)  # only now: a file that is no database stays as it is
+    except OSError as error:
+        db.close()
+        raise ConfigError(f"cannot make the {what} {path} private: {error.strerror}") from error
     except sqlite3.Error as error:
         db.close()
         if error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
@@ -85,6 +73,33 @@ def open_locked(path: Path, *, what: str = "key store", create: bool = True) -> 
             ) from None
         raise ConfigError(f"cannot use the {what} {path}: {error}") from error
     return db
+
+
+def _checked(path: Path, what: str, *, create: bool) -> Path:
+    """The path without symbolic links of a file that may be opened, which then exists.
+
+    Raises ``ConfigError`` and ``OSError``.
+    """
+    # For /proc/kmsg SQLite would wait for good, and /proc/cpuinfo it would take for empty.
+    if path.is_file() and not path.stat().st_size and read_file(path, what=f"the {what}"):
+        raise ConfigError(f"cannot use the {what} {path}: it is not a file on a disk")
+    if create:
+        create_private(path)
+    # SQLite names its log after the path: through a symbolic link it would use another log.
+    real = path.resolve()
+    for suffix in ("", *_BESIDE):
+        check_own(f"{real}{suffix}")
+    found = real.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ConfigError(f"the {what} {path} is not a regular file")
+    if found.st_nlink > 1:
+        raise ConfigError(
+            f"the {what} {path} has several names (hard links), and its log would not be found "
+            "under another one; remove the other names"
+        )
+    if found.st_size and is_shared(real):
+        make_private(f"{real}{_LOG}")  # before another user makes one
+    return real
 
 
 def use_log(db: sqlite3.Connection, path: Path) -> None:

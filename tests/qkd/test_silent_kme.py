@@ -4,6 +4,7 @@ as it answers."""
 import asyncio
 import gc
 import random
+import socket
 import socketserver
 import threading
 import time
@@ -20,6 +21,8 @@ from hybridkex.qkd.etsi014.transport import KmeTransport
 
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
 MOST = 8
+ESTABLISHED = 1
+"""Of tcp(7): neither side has closed the connection."""
 
 
 class SilentKme(socketserver.ThreadingTCPServer):
@@ -34,8 +37,15 @@ class SilentKme(socketserver.ThreadingTCPServer):
         self.awake.set()
         self.first_part = b""
         """What it says of its answer before it falls silent."""
-        self.open = self.most_open = 0
+        self.open: set[socket.socket] = set()
+        self.most_open = 0
         self.lock = threading.Lock()
+
+    def count(self) -> None:
+        """Count the connections that the client has open. Of one that it has closed, the thread may
+        end much later; the kernel knows at once."""
+        states = [one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] for one in self.open]
+        self.most_open = max(self.most_open, states.count(ESTABLISHED))
 
 
 class Handler(socketserver.BaseRequestHandler):
@@ -43,8 +53,8 @@ class Handler(socketserver.BaseRequestHandler):
 
     def handle(self) -> None:
         with self.server.lock:
-            self.server.open += 1
-            self.server.most_open = max(self.server.most_open, self.server.open)
+            self.server.open.add(self.request)
+            self.server.count()
         with suppress(OSError):
             while self.request.recv(65536):
                 first = b"" if self.server.awake.is_set() else self.server.first_part
@@ -52,7 +62,7 @@ class Handler(socketserver.BaseRequestHandler):
                 self.server.awake.wait()
                 self.request.sendall(ANSWER[len(first) :])
         with self.server.lock:
-            self.server.open -= 1
+            self.server.open.discard(self.request)
 
 
 @pytest.fixture

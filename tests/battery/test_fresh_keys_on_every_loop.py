@@ -541,7 +541,7 @@ def test_a_program_cancels_all_tasks_and_goes_on(run: Run) -> None:
             return
         await client.send(b"x")
         await server.receive_exactly(1)
-        renewing = [one for one in asyncio.all_tasks() if "Background" in repr(one.get_coro())]
+        renewing = [one for one in asyncio.all_tasks() if "_begin" in repr(one.get_coro())]
         assert len(renewing) == 2
         for one in renewing:
             one.cancel()

@@ -346,10 +346,11 @@ class Lifecycle:
         if self.pads is not None and self.pads.error is not None:
             self.fail(self.pads.error)  # found in this turn, and not reported yet
         was, self.state = self.state, _CLOSED
+        complete = self.engine.close_received
+        lossless = complete and not (self.reading.holds_data or self.writing.holds_data)
         self._stop()
         self._end_handshake()
         self._discard()
-        complete = self.engine.close_received
         # The application, or the traceback of an error that its reader has raised, may keep the
         # transport.
         self.renewer = self.pads = None
@@ -363,8 +364,8 @@ class Lifecycle:
             self.register.discard(self._transport)
         self._transport = None
         aborted = failure is _ABORTED
-        if failure is None and not (complete and was is _CLOSING):
-            # After close_notify in both directions, nothing can be lost: a reset is no failure.
+        if failure is None and not lossless:
+            # Behind the peer's close_notify a reset is no failure (RFC 9846 section 6.1).
             failure = error
         if failure is None and not complete and was is not _CLOSING:
             failure = connection_error(TruncationError("the connection was closed"))
@@ -767,6 +768,11 @@ class ReadingHalf(asyncio.BufferedProtocol):
             self._raw_paused = False
             self._life.raw.resume_reading()
 
+    @property
+    def holds_data(self) -> bool:
+        """Whether the application has not got all that was received."""
+        return bool(self._held)
+
     def discard(self) -> None:
         """Discard the data that waits."""
         self._held.clear()
@@ -792,6 +798,8 @@ class WritingHalf:
     _size = 0
     _eof_written = False
     _below_full = False
+    _not_taken = False
+    """Whether the transport below has refused data."""
     _pump_due = False
     _ignored_writes = 0
 
@@ -810,6 +818,11 @@ class WritingHalf:
         """Bytes that wait to be sent."""
         raw = self._life.raw
         return self._size + (0 if raw is None else raw.get_write_buffer_size())
+
+    @property
+    def holds_data(self) -> bool:
+        """Whether data is known not to have been sent."""
+        return bool(self.outgoing) or self._below_full or self._not_taken
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Send data; see :meth:`SecureTransport.write`."""
@@ -878,15 +891,21 @@ class WritingHalf:
                     life.fail(error)
                     return
                 records = self._engine.data_to_send()
-            raw = life.raw
-            if raw is not None and not raw.is_closing():  # else connection_lost follows
-                raw.write(records)
+            self._hand_over(records)
         if self.outgoing:
             self._pump_soon()
         elif self.end_due:
             self._send_end()
         if self.paused:
             self.check_marks()
+
+    def _hand_over(self, records: bytes | bytearray) -> None:
+        """Write to the transport below, if it takes anything."""
+        raw = self._life.raw
+        if raw is not None and not raw.is_closing():
+            raw.write(records)
+        if raw is None or raw.is_closing():  # already, or by this write: connection_lost follows
+            self._not_taken = True
 
     def _next_batch(self) -> bytes | memoryview:
         """Remove the data of one batch from the queue; short pieces are joined, long ones cut."""

@@ -13,6 +13,21 @@ DEFAULT_LIMIT: Final = 1 << 16
 """Half of the bytes that a StreamReader holds before it pauses reading; asyncio's default."""
 
 
+class _Reader(asyncio.StreamReader):
+    """Keeps what came ahead of the peer's close_notify: the connection's later failure is an error
+    of the writer alone."""
+
+    _ended = False
+
+    def feed_eof(self) -> None:
+        self._ended = True
+        super().feed_eof()
+
+    def set_exception(self, exc: Exception) -> None:
+        if not self._ended:
+            super().set_exception(exc)
+
+
 class StreamProtocol(asyncio.StreamReaderProtocol):
     """Keeps the connection open after the peer's close_notify, unlike asyncio's own: TLS 1.3 has
     half-close."""
@@ -66,7 +81,7 @@ async def open_connection(
         ConfigError: ``config`` is not a ``ClientConfig``.
     """
     loop = asyncio.get_running_loop()
-    reader = asyncio.StreamReader(limit=limit, loop=loop)
+    reader = _Reader(limit=limit, loop=loop)
     transport, protocol = await create_connection(
         lambda: StreamProtocol(reader, loop=loop),
         host,
@@ -104,7 +119,7 @@ async def start_server(
     loop = asyncio.get_running_loop()
 
     def factory() -> StreamProtocol:
-        reader = asyncio.StreamReader(limit=limit, loop=loop)
+        reader = _Reader(limit=limit, loop=loop)
         return StreamProtocol(reader, client_connected_cb, loop=loop)
 
     return await create_server(factory, host, port, config, **options)
@@ -145,7 +160,7 @@ async def upgrade(
         raise LocalStateError(
             "data came ahead of the TLS handshake, perhaps from an attacker: connection aborted"
         )
-    secure_reader = asyncio.StreamReader(limit=limit, loop=loop)
+    secure_reader = _Reader(limit=limit, loop=loop)
     protocol = StreamProtocol(secure_reader, loop=loop)
     protocol.takes_over(writer, plain.get_protocol())
     transport = await start_tls(plain, protocol, config, **options)

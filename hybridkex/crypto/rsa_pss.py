@@ -26,7 +26,7 @@ class PssParameters:
     mask_hash: str
     """The hash of MGF1."""
     salt_length: int
-    """Bytes."""
+    """The length of the salt in bytes."""
 
 
 @value

@@ -16,6 +16,7 @@ the key sources need an event loop.
 # ruff: noqa: ASYNC109  # the timeouts are httpcore's interface
 
 import math
+import ssl
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -56,6 +57,8 @@ class SecureTransport(httpx.AsyncHTTPTransport):
         # httpx offers no argument for the network backend of httpcore's pool.
         self._pool = _Pool(
             network_backend=backend,
+            # Not used; but without one, httpcore loads all authorities for each connection.
+            ssl_context=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
             http2="h2" in config.alpn,
             max_connections=limits.max_connections,
             max_keepalive_connections=limits.max_keepalive_connections,
@@ -137,7 +140,6 @@ class _Stream(httpcore.AsyncNetworkStream):
                 self._stream,
                 self._config,
                 server_hostname=server_hostname,
-                standard_compatible=False,  # HTTP marks its end; servers send no close_notify
                 handshake_timeout=math.inf,  # httpx's own time limit holds
             )
         return _Stream(secure, self._config)
@@ -156,7 +158,8 @@ class _Stream(httpcore.AsyncNetworkStream):
             await self._stream.send(buffer)
 
     async def aclose(self) -> None:
-        await self._stream.aclose()
+        # HTTP has marked its end: the server does not wait for close_notify, nor we for the server.
+        await anyio.aclose_forcefully(self._stream)
 
     def get_extra_info(self, info: str) -> Any:
         """``ssl_object`` tells httpcore the protocol that ALPN selected; ``session`` is ours.

@@ -500,8 +500,10 @@ class Handshake:
         if isinstance(error, HybridkexError):
             self._life.fail(error)
         else:
-            self._life.report("a PSK source or verifier failed", error)
-            self._life.give_up("a PSK source or verifier failed")
+            self._life.report(
+                "a PSK source, a verifier or other code of the configuration failed", error
+            )
+            self._life.give_up("a PSK source, a verifier or other code of the configuration failed")
 
     def _late(self) -> None:
         error = HandshakeTimeout(f"no handshake within {self._timeout:g} seconds")

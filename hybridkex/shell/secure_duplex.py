@@ -235,7 +235,9 @@ class SecureDuplex:
         except HybridkexError:
             raise
         except Exception:
-            self._connection.abort(InternalError("a PSK source or verifier failed"))
+            self._connection.abort(
+                InternalError("a PSK source, a verifier or other code of the configuration failed")
+            )
             with self._unless_gone():
                 await self._flush()
             raise

@@ -42,7 +42,7 @@ from hybridkex.adapters.httpx import SecureBackend, SecureTransport
 from hybridkex.adapters.hypercorn import serve
 from hybridkex.adapters.uvicorn import secure_http
 from hybridkex.aio import SecureProtocolError, open_connection, start_server
-from hybridkex.anyio import SecureByteStream
+from hybridkex.anyio import SecureByteStream, SecureListener
 from hybridkex.auth.dev_ca import write_identity
 from hybridkex.errors import ConfigError
 
@@ -610,6 +610,49 @@ async def at_server(handler: Callable[..., Any]) -> AsyncIterator[str]:
         group.start_soon(listener.serve, handler)
         yield f"http://127.0.0.1:{listener.extra(anyio.abc.SocketAttribute.local_port)}"
         group.cancel_scope.cancel()
+
+
+BODIES = {
+    "length": b"Content-Length: 7\r\n\r\npartial",
+    "chunked": b"Transfer-Encoding: chunked\r\n\r\n7\r\npartial\r\n0\r\n\r\n",
+    "end of the connection": b"Connection: close\r\n\r\npartial",
+}
+
+
+@pytest.mark.parametrize("library", ["asyncio", "trio"])
+@pytest.mark.parametrize("close_notify", [True, False])
+@pytest.mark.parametrize("framing", BODIES)
+def test_a_body_that_was_cut(
+    framing: str, close_notify: bool, library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RFC 9112 section 9.8: without a length, the body is complete only behind close_notify."""
+
+    def loads_authorities() -> None:
+        raise AssertionError("httpcore loads all authorities for a connection")
+
+    monkeypatch.setattr("httpcore._async.connection.default_ssl_context", loads_authorities)
+
+    async def answer(stream: SecureByteStream) -> None:
+        async with stream:
+            await stream.receive()
+            await stream.send(b"HTTP/1.1 200 OK\r\n" + BODIES[framing])
+
+    async def main() -> None:
+        tcp = await anyio.create_tcp_listener(local_host="127.0.0.1")
+        listener = SecureListener(tcp, server_config(), standard_compatible=close_notify)
+        async with listener, anyio.create_task_group() as group:
+            group.start_soon(listener.serve, answer)
+            port = tcp.extra(anyio.abc.SocketAttribute.local_port)
+            url = f"https://localhost:{port}/"
+            async with httpx.AsyncClient(transport=SecureTransport(client_config())) as client:
+                if framing == "end of the connection" and not close_notify:
+                    with pytest.raises(httpx.ReadError, match="without close_notify"):
+                        await client.get(url)
+                else:
+                    assert (await client.get(url)).text == "partial"
+            group.cancel_scope.cancel()
+
+    anyio.run(main, backend=library)
 
 
 def test_requests_that_are_cancelled_in_a_queue() -> None:

@@ -129,7 +129,9 @@ def test_on_asyncio(
             await closed(writer)
 
     run(main())
-    assert [one["message"] for one in told] == ["a PSK source or verifier failed"]
+    assert [one["message"] for one in told] == [
+        "a PSK source, a verifier or other code of the configuration failed"
+    ]
 
 
 @pytest.mark.parametrize("make", [error, foreign_cancellation], ids=["error", "cancellation"])
@@ -157,7 +159,9 @@ def test_a_source_that_refuses_by_an_error_on_asyncio(
             await closed(writer)
 
     run(main())
-    assert [one["message"] for one in told] == ["a PSK source or verifier failed"]
+    assert [one["message"] for one in told] == [
+        "a PSK source, a verifier or other code of the configuration failed"
+    ]
 
 
 class BadVerifier:
@@ -185,7 +189,9 @@ def test_a_verifier_that_fails_on_asyncio(
             assert isinstance(caught.value.__cause__, InternalError)
 
     run(main())
-    assert [one["message"] for one in told] == ["a PSK source or verifier failed"]
+    assert [one["message"] for one in told] == [
+        "a PSK source, a verifier or other code of the configuration failed"
+    ]
 
 
 @each_error

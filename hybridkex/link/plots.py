@@ -1,6 +1,7 @@
 """Pictures of scans, and those of ``docs/qkd-link.md``."""
 
 import io
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -227,6 +228,8 @@ def _text(value: Any) -> str:
 
 def _plain(value: Any) -> Any:
     value = None if nothing(value) else plain(value)
+    if isinstance(value, int) and value.bit_length() > sys.float_info.max_exp:
+        raise ConfigError("a whole number in the scan has more than 308 digits")
     return value if isinstance(value, int | float | None) else str(value)
 
 

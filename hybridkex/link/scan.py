@@ -428,11 +428,11 @@ def read_scan(path: Path | str) -> list[Row]:
         else:
             text = read_utf8(path, limit=MOST_BYTES, pipe=False)
             rows = load_json(text, most_values=None) if kind == ".json" else _read_csv(text)
-    except ConfigError:
+    except (ConfigError, ImportError, MemoryError):
         raise
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}") from None
-    except (ValueError, csv.Error) as error:
+    except Exception as error:  # for a damaged file, pyarrow has many classes of errors
         hint = f"; {_ROWS}" if kind == ".json" else ""
         raise ConfigError(f"{path}: not a scan: {error}{hint}") from None
     if not isinstance(rows, list) or not all(isinstance(one, dict) for one in rows):
@@ -452,7 +452,15 @@ def _read_csv(text: str) -> list[Row]:
         raise ValueError("two columns have the same name")
     if len(names) == 1 and re.search("[;\t|]", names[0]):
         raise ValueError(f"separate the columns by commas, and {_POINT}")
-    return [{name: _number(name, value) for name, value in row.items()} for row in reader]
+    rows = []
+    for row in reader:
+        if None in row.values():
+            raise ValueError(
+                f"line {reader.line_num} has fewer values than there are columns: "
+                "the file may have been cut off"
+            )
+        rows.append({name: _number(name, value) for name, value in row.items()})
+    return rows
 
 
 def _number(name: str, text: Any) -> Any:

@@ -107,7 +107,7 @@ def test_other_values_are_something(value: Any) -> None:
 
 
 def test_rows_of_pandas(rows: list[dict[str, Any]], tmp_path: Path) -> None:
-    pandas = pytest.importorskip("pandas")
+    pandas = pytest.importorskip("pandas", reason="pip install pandas")
     table = pandas.DataFrame(rows)
     tables = [table, table.convert_dtypes(), table.convert_dtypes(dtype_backend="pyarrow")]
     for one in tables:
@@ -127,7 +127,7 @@ def test_rows_of_pandas(rows: list[dict[str, Any]], tmp_path: Path) -> None:
 
 
 def test_rows_of_polars(rows: list[dict[str, Any]], tmp_path: Path) -> None:
-    polars = pytest.importorskip("polars")
+    polars = pytest.importorskip("polars", reason="pip install polars")
     table = polars.DataFrame(rows, infer_schema_length=None)
     assert curves(table.to_dicts()) == curves(rows)
     for word in WORDS:
@@ -243,3 +243,56 @@ def test_too_many_columns_that_differ_are_told() -> None:
     given = [{"distance_km": n, "rate": 0.5, "note": f"at {n}"} for n in range(60)]
     with pytest.raises(ConfigError, match=r"60 curves.* of note; .*leave .* columns out"):
         plot_scan(given)
+
+
+@pytest.mark.parametrize("end", ["100,1.3", "100", "# a comment", "(3 rows)", "100,1.3e-06\n0,1,2"])
+def test_a_row_with_too_few_values_is_refused(tmp_path: Path, end: str) -> None:
+    """A file that was cut off would have a wrong value in its last row."""
+    (tmp_path / "x.csv").write_text(f"distance_km,rate,bit_per_s\n0,1.1e-02,1.1e7\n{end}")
+    with pytest.raises(ConfigError, match="line 3 has fewer values than there are columns"):
+        read_scan(tmp_path / "x.csv")
+
+
+@pytest.mark.parametrize("kind", ["date32", "date64", "timestamp", "duration"])
+def test_times_that_python_does_not_have_are_refused(tmp_path: Path, kind: str) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="pip install pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pip install pyarrow")
+    long = {
+        "date32": pyarrow.array([0, 2**31 - 1], pyarrow.int32()).cast(pyarrow.date32()),
+        "date64": pyarrow.array([0, 2**53 * 1000], pyarrow.int64()).cast(pyarrow.date64()),
+        "timestamp": pyarrow.array([0, 2**62], pyarrow.timestamp("us")),
+        "duration": pyarrow.array([0, 2**62], pyarrow.duration("ms")),
+    }[kind]
+    columns = {"distance_km": [0.0, 10.0], "rate": [0.1, 0.01], "when": long}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "x.parquet")
+    with pytest.raises(ConfigError, match=r"x\.parquet: not a scan: "):
+        read_scan(tmp_path / "x.parquet")
+
+
+def test_a_damaged_parquet_file_is_read_or_refused(
+    tmp_path: Path, rows: list[dict[str, Any]]
+) -> None:
+    pytest.importorskip("pyarrow", reason="pip install pyarrow")
+    path = tmp_path / "x.parquet"
+    write_scan(path, rows)
+    good = path.read_bytes()
+    refused = 0
+    for bit in range(8 * (len(good) - 3000), 8 * len(good), 23):  # the schema stands at the end
+        bad = bytearray(good)
+        bad[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(bad)
+        try:
+            read_scan(path)
+        except ConfigError:
+            refused += 1
+    assert refused > 100
+
+
+def test_a_whole_number_that_no_float_holds_is_refused(tmp_path: Path) -> None:
+    big = 10**400
+    found = [{"distance_km": 1, "block_bits": big, "rate": 0.5}, {"distance_km": 2, "rate": 1.0}]
+    (tmp_path / "x.json").write_text(json.dumps(found))
+    with pytest.raises(ConfigError, match="more than 308 digits"):
+        plot_scan(read_scan(tmp_path / "x.json"))
+    with pytest.raises(ConfigError, match="more than 308 digits"):
+        plot_scan(found)

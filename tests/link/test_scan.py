@@ -187,7 +187,7 @@ def test_a_dask_cluster_gives_the_same_rows_though_a_worker_dies() -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_a_dask_cluster_that_ends_in_the_middle_is_one_line() -> None:
     distributed = pytest.importorskip("distributed")
-    points = grid({"preset": ["rusca2018"], "distance_km": [10.0 * n for n in range(8)]})
+    points = grid({"preset": ["rusca2018"], "distance_km": [1.0 * n for n in range(100)]})
     heard = io.StringIO()
     handler = logging.StreamHandler(heard)
     log = logging.getLogger("distributed.client")

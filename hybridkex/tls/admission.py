@@ -1,7 +1,7 @@
 """Which sessions a configuration admits: one decision for full handshakes and for resumptions.
 
-The states of the handshake refuse early, with the alert that fits, where a message shows that the
-policy cannot be met. This module has the last word: every session passes :func:`check_session`
+The states of the handshake refuse a peer, with the right alert, as soon as a message shows that the
+policy cannot be met. This module decides in the end: every session passes :func:`check_session`
 before it is proposed to the caller, and a ticket is used only where :func:`resumable` says that its
 session would pass.
 """
@@ -32,7 +32,7 @@ class Remembered(Protocol):
 
     @property
     def authenticated_by(self) -> AuthenticatedBy:
-        """The way in which the first handshake authenticated the server."""
+        """How the first handshake authenticated the server."""
 
     @property
     def psk_identity(self) -> bytes | None:
@@ -40,15 +40,16 @@ class Remembered(Protocol):
 
     @property
     def began_at(self) -> float:
-        """When the first handshake was made, in seconds since the epoch."""
+        """The time of the first handshake, in seconds since the epoch."""
 
     @property
     def binding(self) -> bytes:
-        """The binding of the configuration that made the session."""
+        """The binding (:meth:`~hybridkex.tls.config._Config.binding`) of the configuration that
+        made the session."""
 
 
 def check_session(config: ClientConfig | ServerConfig, session: Session) -> None:
-    """The session satisfies the policy in force.
+    """Check that a session satisfies the policy in force.
 
     Raises:
         PolicyRefused: it does not.
@@ -71,9 +72,7 @@ def check_session(config: ClientConfig | ServerConfig, session: Session) -> None
         and config.require_client_certificate
         and session.peer_credential is None
     ):
-        raise PolicyRefused(
-            "our policy requires a certificate of the client", Reason.AUTHENTICATION
-        )
+        raise PolicyRefused("our policy requires a client certificate", Reason.AUTHENTICATION)
 
 
 def resumable(
@@ -81,10 +80,10 @@ def resumable(
     remembered: Remembered,
     identity: Identity | RawIdentity | None,
 ) -> bool:
-    """Whether the session behind a ticket may be resumed; else the handshake is a full one.
+    """Whether the session of a ticket may be resumed. If not, the handshake is a full one.
 
     Args:
-        identity: who we are in this handshake.
+        identity: our identity in this handshake.
     """
     return (
         remembered.binding == config.binding(identity)
@@ -96,7 +95,7 @@ def resumable(
 def remaining_lifetime(config: ClientConfig | ServerConfig, began_at: float) -> int:
     """Seconds for which a session of this first handshake may still be resumed.
 
-    0 or less: no longer; also where the clock has gone back behind the handshake.
+    0 or less if it may not, also if the clock has been set back to before the handshake.
     """
     age = config.clock() - began_at
     return int(config.policy.session_lifetime - age) if age >= 0 else 0
@@ -112,7 +111,10 @@ def _lacks(
     if policy.psk is Requirement.OFF and psk_identity is not None:
         return "our policy excludes PSKs, and the session has one"
     if by not in config.once(_enough):
-        return f"our policy wants {config.authentication.value}, and the session has {by.value}"
+        return (
+            f"our policy requires authentication by {config.authentication.value}, and the "
+            f"session has {by.value}"
+        )
     return None
 
 

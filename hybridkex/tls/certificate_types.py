@@ -1,7 +1,7 @@
 """Certificate types: X.509 certificates or a raw public key (RFC 7250).
 
 RFC 9846 section 4.5.1 puts the server's choice into EncryptedExtensions; without an extension it is
-X.509. A verifier takes the kinds that it has methods for, an identity is of one kind.
+X.509. A verifier accepts the kinds for which it has methods; an identity is of one kind.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ AnyClientVerifier = ClientVerifier | ClientKeyVerifier
 X509: Final = CertificateType.X509
 RAW: Final = CertificateType.RAW_PUBLIC_KEY
 ONLY_X509: Final[tuple[int, ...]] = (X509,)
-"""The types in force without an extension."""
+"""The types that apply without an extension."""
 
 
 def accepted_types(verifier: AnyServerVerifier | AnyClientVerifier) -> tuple[int, ...]:
@@ -38,14 +38,14 @@ def accepted_types(verifier: AnyServerVerifier | AnyClientVerifier) -> tuple[int
 
 @cache
 def _accepted_by(kind: type) -> tuple[int, ...]:
-    # By class and once: a look into a protocol costs more than all the rest of a message.
+    # Cached by class: isinstance with a protocol takes longer than the rest of a message.
     certificates = issubclass(kind, ServerVerifier | ClientVerifier)
     keys = issubclass(kind, ServerKeyVerifier | ClientKeyVerifier)
     return ((X509,) if certificates else ()) + ((RAW,) if keys else ())
 
 
 def check_choice(chosen: int | None, offered: tuple[int, ...]) -> int:
-    """The kind that the server settled on, from its extension, if it sent one."""
+    """The kind that the server chose, from its extension if it sent one."""
     if chosen is None:
         return X509
     if chosen not in offered:
@@ -56,10 +56,11 @@ def check_choice(chosen: int | None, offered: tuple[int, ...]) -> int:
 
 
 def check_entries(kind: int, message: Certificate) -> None:
-    """RFC 9846 section 4.5.1: a raw public key stands alone."""
+    """RFC 9846 section 4.5.1: a raw public key is the only entry."""
     if kind == RAW and len(message.entries) > 1:
         raise IllegalParameter(
-            f"{len(message.entries)} raw public keys, where one may be", Reason.CERTIFICATE_ENTRIES
+            f"{len(message.entries)} raw public keys, where one is allowed",
+            Reason.CERTIFICATE_ENTRIES,
         )
 
 
@@ -70,7 +71,8 @@ def accept_server(
     name: PeerName | None,
     now: float,
 ) -> VerifiedPeer:
-    """Have the verifier decide about what a server showed, at ``now`` (seconds since the epoch)."""
+    """Have the verifier decide about a server's credential, at ``now`` (seconds since the
+    epoch)."""
     if kind not in accepted_types(verifier):
         raise _unwanted(kind)
     if kind == RAW:
@@ -81,7 +83,8 @@ def accept_server(
 def accept_client(
     verifier: AnyClientVerifier, kind: int, chain: Sequence[bytes], now: float
 ) -> VerifiedPeer:
-    """Have the verifier decide about what a client showed, at ``now`` (seconds since the epoch)."""
+    """Have the verifier decide about a client's credential, at ``now`` (seconds since the
+    epoch)."""
     if kind not in accepted_types(verifier):
         raise _unwanted(kind)
     if kind == RAW:
@@ -98,6 +101,6 @@ def _unwanted(kind: int) -> CertificateRejected:
     if kind == RAW:
         shown, wanted = wanted, shown
     return CertificateRejected(
-        f"the peer showed {shown}, and we can only check {wanted}",
+        f"the peer presented {shown}, and we can only verify {wanted}",
         alert=Alert.UNSUPPORTED_CERTIFICATE,
     )

@@ -1,8 +1,8 @@
 """The client's handshake (RFC 9846 appendix A.1), one class per state, in their order.
 
-A state is frozen and owns what is valid in it; ``handle`` checks one message and returns the next
-state. :func:`start` sends the ClientHello and returns the first. :data:`STEPS`, at the end, lists
-all states with the messages between them.
+A state is frozen and holds only the data that is valid in it; ``handle`` checks one message and
+returns the next state. :func:`start` sends the ClientHello and returns the first. :data:`STEPS`, at
+the end, lists all states with the messages between them.
 """
 
 from collections.abc import Mapping
@@ -63,7 +63,7 @@ from hybridkex.wire.message import Message
 PeerName = DnsName | IpAddress
 
 _ALONE: Final = (Authentication.PSK, Authentication.EITHER)
-"""The kinds of authentication for which a PSK is enough."""
+"""The kinds of authentication for which a PSK suffices."""
 
 
 class ClientState:
@@ -284,7 +284,8 @@ def _send_hello(
 
 
 def _take_ticket(config: ClientConfig, name: PeerName | None) -> _Resumption | None:
-    """A ticket whose session satisfies today's configuration and whose server is still trusted."""
+    """A ticket whose session satisfies the present configuration and whose server is still
+    trusted."""
     if config.ticket_store is None:
         return None
     key = store_key(str(name) if name is not None else None)
@@ -305,14 +306,14 @@ def _take_ticket(config: ClientConfig, name: PeerName | None) -> _Resumption | N
 
 
 def forget_tickets(offer: _Offer) -> None:
-    """The server declined our ticket: forget those of the same connection, which it would decline
+    """The server declined our ticket: discard those of the same connection, which it would decline
     too."""
     config = offer.config
     if offer.resumption is None or config.ticket_store is None:
         return
     binding = config.binding(config.identity)
-    # One connection gives no more than ``Limits.tickets``. A store of the application that breaks
-    # its promise and gives a ticket for ever must not hold us up for ever.
+    # One connection gives no more than ``Limits.tickets``. An application's store that wrongly
+    # returns a ticket at every call must not make this loop endless.
     for _ in range(config.limits.tickets):
         if config.ticket_store.take(offer.store_key, binding) is None:
             return
@@ -341,13 +342,15 @@ class WaitServerHello(ClientState):
         wanted = message.extensions.get(ext.KeyShareRetry)
         if cookie is None and wanted is None:
             raise IllegalParameter(
-                "HelloRetryRequest asks for no change", Reason.RETRY_WITHOUT_CHANGE
+                "HelloRetryRequest would change nothing in the ClientHello",
+                Reason.RETRY_WITHOUT_CHANGE,
             )
         started = offer.started
         if wanted is not None:
             if wanted.group in started:
                 raise IllegalParameter(
-                    "HelloRetryRequest asks for a share that it has", Reason.RETRY_WITHOUT_CHANGE
+                    "HelloRetryRequest asks for a key share that the ClientHello already has",
+                    Reason.RETRY_WITHOUT_CHANGE,
                 )
             group = _find_group(offer.config, wanted.group)
             started = {group.code: group.exchange.start()}
@@ -360,7 +363,8 @@ class WaitServerHello(ClientState):
         try:
             hello = again.hello(cookie.cookie if cookie is not None else None, transcript)
         except EncodeError:
-            # Section 4.3.2 of RFC 9846 wants the cookie back as it came, and there is no room.
+            # RFC 9846 section 4.3.2: the cookie must be returned unchanged, and there is no room
+            # for it.
             raise IllegalParameter(
                 "the server's cookie does not fit into a ClientHello", Reason.COOKIE_TOO_LONG
             ) from None
@@ -431,14 +435,14 @@ def _suite_name(code: int) -> str:
 
 
 def _check_answers(offer: _Offer, kind: ext.MessageKind, extensions: ext.Extensions) -> None:
-    """Refuse an extension that answers nothing in our ClientHello."""
+    """Refuse an extension that answers none of our ClientHello."""
     types = extensions.types
     if not types:
         return
     allowed = ext.answerable(kind, offer.classes)
     for type_ in types:
         if type_ not in allowed:
-            raise UnsupportedExtension(f"extension {type_} answers nothing that was offered")
+            raise UnsupportedExtension(f"extension {type_} responds to none that we offered")
 
 
 def _accept(
@@ -466,12 +470,13 @@ def _accept(
     with_certificate = ext.TlsCertWithExternPsk in message.extensions
     verifier: AnyServerVerifier | None = None
     if psk is None:
-        verifier = _verifier_without_psk(offer.config, "the server did not take one")
+        verifier = _verifier_without_psk(offer.config, "the server did not select one")
     elif with_certificate:
         verifier = offer.config.verifier  # we offered this, so there is one
     elif not psk.resumption and offer.wants_certificate_with_psk:
         raise PolicyRefused(
-            "the server selected the PSK and sends no certificate", Reason.PSK_WITHOUT_CERTIFICATE
+            "the server selected the PSK, so it sends no certificate",
+            Reason.PSK_WITHOUT_CERTIFICATE,
         )
 
     records.reader.check_message_boundary()
@@ -594,7 +599,7 @@ class WaitEncryptedExtensions(ClientState):
         records.reader.limit_records(self.offer.config.inner_limit)
 
     def _resumed_peer(self) -> VerifiedPeer | None:
-        """The server of the session that is resumed, if it showed who it is."""
+        """The server of the resumed session, if it presented a credential."""
         if self.psk is None or not self.psk.resumption or self.offer.resumption is None:
             return None
         return self.offer.resumption.peer
@@ -649,7 +654,8 @@ class WaitCertificate(ClientState):
         assert isinstance(message, wire.Certificate)
         if message.context:
             raise IllegalParameter(
-                "the server's Certificate has a context", Reason.CERTIFICATE_CONTEXT
+                "the server's Certificate has a certificate_request_context, which must be empty",
+                Reason.CERTIFICATE_CONTEXT,
             )
         if not message.entries:
             raise DecodeError(
@@ -747,8 +753,8 @@ class Proposed(ClientState):
         return ClientTraffic(connected, config, presented)
 
     def _authenticate(self, records: RecordLayer, requested: tuple[int, ...]) -> Transcript:
-        """Send Certificate and CertificateVerify, or an empty Certificate where we have none that
-        fits. Returns the transcript with what was sent."""
+        """Send Certificate and CertificateVerify, or an empty Certificate if we have no suitable
+        one. Returns the transcript with what was sent."""
         config, transcript = self.handshake.offer.config, self.transcript
         identity, scheme = config.identity, None
         if identity is not None and identity.certificate_type == self.handshake.client_type:
@@ -788,4 +794,4 @@ STEPS: Final[Mapping[type, Step]] = {
         (_M.KEY_UPDATE, _M.EXTENDED_KEY_UPDATE, _M.NEW_SESSION_TICKET), (), (ClientTraffic,)
     ),
 }
-"""The handshake on one screen. The engine refuses any other message and any other transition."""
+"""All steps of the handshake. The engine refuses any other message and any other transition."""

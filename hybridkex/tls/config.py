@@ -1,7 +1,7 @@
 """The configurations of clients and servers: frozen, and checked when they are made.
 
 There is no global registry and no process-wide default: groups, suites and schemes are objects in
-order of preference. A configuration is made once and used for many connections.
+order of preference. A configuration is created once and used for many connections.
 """
 
 import hashlib
@@ -47,7 +47,7 @@ class PskSource(Protocol):
     """
 
     async def offer(self) -> ExternalPsk:
-        """A PSK for a client to offer; it is used in one handshake and never again.
+        """A PSK for a client to offer; it is used in one handshake only.
 
         Raises :class:`~hybridkex.errors.KeySourceError`.
         """
@@ -59,13 +59,15 @@ class PskSource(Protocol):
         """
 
     def authorize(self, session: Session, missing: str | None) -> Session:
-        """Decide about a proposed session; return it with what the source knows of its PSK.
+        """Decide about a proposed session; return it with the details of the PSK that the source
+        knows.
 
         Called for every handshake, resumptions included, before it completes.
 
         Args:
-            session: what the engine proposes; ``psk_origin`` is that of the PSK that was given.
-            missing: why there is no PSK in it, where asking for one failed.
+            session: proposed by the engine; ``psk_origin`` is the origin of the PSK that was
+                provided.
+            missing: why it has no PSK, if the request for one failed.
 
         Raises :class:`~hybridkex.errors.PolicyRefused` when this peer must use a PSK and did not.
         """
@@ -73,19 +75,21 @@ class PskSource(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Limits on what a peer can make us hold or compute; ``docs/limits.md`` gives the reasons.
+    """Limits on the memory and computation that a peer can cause; ``docs/limits.md`` has the
+    reasons.
 
     Args:
-        certificate_message: bytes of a Certificate message that we hold; eight ML-DSA-87
-            certificates fit.
-        key_updates: key updates in a row without data between them, besides one a second; each
-            takes a step of the key schedule or a key exchange.
-        empty_records: records in a row with nothing in them.
-        tickets: session tickets that a client takes from one connection.
-        psk_identities: PSK identities of a ClientHello that a server examines; it ignores the rest.
+        certificate_message: the maximum length of a Certificate message in bytes; the default holds
+            eight ML-DSA-87 certificates.
+        key_updates: consecutive key updates without data between them, in addition to one per
+            second; each costs a step of the key schedule or a key exchange.
+        empty_records: consecutive records without content.
+        tickets: session tickets that a client accepts on one connection.
+        psk_identities: the number of PSK identities of a ClientHello that a server examines; it
+            ignores the rest.
 
     Raises:
-        ConfigError: a limit is below what ordinary peers need.
+        ConfigError: a limit is lower than ordinary peers need.
     """
 
     certificate_message: int = 1 << 17
@@ -99,7 +103,7 @@ class Limits:
         if self.certificate_message < 1 << 10:
             raise ConfigError("certificate_message must be at least 1 KiB, or no certificate fits")
         if min(self.key_updates, self.empty_records, self.tickets, self.psk_identities) < 1:
-            raise ConfigError("a limit is 1 or more")
+            raise ConfigError("every limit must be 1 or more")
 
 
 MAX_OFFER: Final = 60 << 10
@@ -115,7 +119,7 @@ and a binder of SHA-384."""
 
 @dataclass(frozen=True, kw_only=True)
 class PadToMultiple:
-    """Pads every record's content to a multiple of ``size`` bytes (RFC 9846 section 5.4)."""
+    """Pads the content of every record to a multiple of ``size`` bytes (RFC 9846 section 5.4)."""
 
     size: int
 
@@ -125,7 +129,7 @@ class PadToMultiple:
             raise ConfigError(f"records are padded to a multiple of 1 to 16384, not {self.size}")
 
     def __call__(self, length: int, limit: int, /) -> int:
-        """The zeros to append; never more than the record's limit leaves."""
+        """The number of zeros to append; never more than the record limit allows."""
         return min(-length % self.size, limit - length)
 
 
@@ -160,33 +164,34 @@ _EXAMPLES: Final[Mapping[str, str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class _Config:
-    """The settings of both sides.
+    """The settings that clients and servers share.
 
     Args:
-        groups: key exchanges in order of preference; ``None`` takes what the policy allows, hybrids
-            first.
+        groups: key exchanges in order of preference; ``None`` takes all that the policy allows,
+            hybrids first.
         suites: cipher suites in order of preference.
         signature_schemes: for CertificateVerify, in order of preference.
         alpn: application protocols in order of preference (RFC 7301).
-        extensions: TLS extensions that the application understands and the engine only carries.
-        psks: external pre-shared keys; a server takes the first that the client offers too.
+        extensions: TLS extensions that the application handles; the engine only sends and receives
+            them.
+        psks: external pre-shared keys; a server selects the first of them that the client offers
+            too.
         psk_source: a source of further PSKs, asked once in each handshake.
-        policy: what a connection must rest on.
-        fresh_keys: when a session renews its keys (experimental); ``None`` leaves it to the peer's
-            schedule, and to the limits of the cipher suite.
-        one_time_pad: how much pad is held for application data under a one-time pad of QKD keys
-            (experimental); ``None`` asks for none, unless the policy does.
-        on_epoch: called with the session after each key update, to count or show it; it must not
-            wait.
-        record_size_limit: the most bytes of content that the peer may put into a record (RFC 8449,
+        policy: the requirements that each connection must meet.
+        fresh_keys: when a session renews its keys (experimental); with ``None``, only the peer's
+            schedule and the limits of the cipher suite decide.
+        one_time_pad: how much pad is kept ready to protect application data by a one-time pad of
+            QKD keys (experimental); ``None`` requests none unless the policy does.
+        on_epoch: called with the session after each key update, for example to count it; it must
+            not block.
+        record_size_limit: the maximum number of content bytes in a record from the peer (RFC 8449,
             64 to 16,384); ``None`` sends no limit, which means 16,384.
-        padding: hides the length of what is sent.
-        key_log: called with the secrets of each session, for a debugger. Anyone who has them can
-            decrypt the session.
-        limits: limits on what a peer can make us hold or compute.
+        padding: hides the length of the data that is sent.
+        key_log: called with the secrets of each session, for a debugger. They decrypt the session.
+        limits: limits on the memory and computation that a peer can cause.
         clock: seconds since the epoch, for certificates and the age of sessions.
-        entropy: returns the given number of random bytes. Key pairs are the exception: the
-            cryptographic library generates them with its own generator.
+        entropy: returns the given number of random bytes. Key pairs are an exception: the
+            cryptographic library uses its own generator for them.
     """
 
     groups: tuple[Group, ...] | None = None
@@ -218,20 +223,23 @@ class _Config:
         _check_list("signature scheme", self.signature_schemes)
         for name in self.alpn:
             if not 1 <= len(name.encode("utf-8")) <= 255:
-                raise ConfigError(f"the ALPN protocol {name!r} does not have 1 to 255 bytes")
+                raise ConfigError(f"the ALPN protocol {name!r} must have 1 to 255 bytes")
         if len(set(self.alpn)) != len(self.alpn):
             raise ConfigError("an ALPN protocol is listed twice")
         types = [one.type for one in self.extensions]
         if len(set(types)) != len(types):
             raise ConfigError("two extensions have the same type")
         if taken := KNOWN_TYPES.intersection(types):
-            raise ConfigError(f"extension {min(taken)} is the engine's own; choose another type")
+            raise ConfigError(
+                f"the engine itself handles extension {min(taken)}; choose another type"
+            )
         identities = [(psk.identity, psk.context) for psk in self.psks]
         if len(set(identities)) != len(identities):
             raise ConfigError("two PSKs have the same identity")
         if self.policy.psk is Requirement.REQUIRE and not self.has_psk:
             raise ConfigError(
-                "the policy requires a PSK, and there is none: give psks=(ExternalPsk(...),) or "
+                "the policy requires a PSK, and none is configured: give psks=(ExternalPsk(...),) "
+                "or "
                 "psk_source=QkdPskSource(source)"
             )
         for psk in self.psks:
@@ -243,7 +251,7 @@ class _Config:
         self._check_one_time_pad()
         limit = self.record_size_limit
         if limit is not None and not 64 <= limit <= MAX_PLAINTEXT:
-            raise ConfigError(f"record_size_limit is 64 to {MAX_PLAINTEXT}, not {limit}")
+            raise ConfigError(f"record_size_limit must be 64 to {MAX_PLAINTEXT}, not {limit}")
 
     def _check_groups(self) -> None:
         wanted = self.policy.post_quantum
@@ -255,9 +263,7 @@ class _Config:
                     "Policy(post_quantum=Requirement.PREFER) allows it"
                 )
             if wanted is Requirement.OFF and group.post_quantum:
-                raise ConfigError(
-                    f"{group} has a post-quantum part, but the policy turns these off"
-                )
+                raise ConfigError(f"{group} has a post-quantum part, and the policy excludes these")
 
     @cached_property
     def group_list(self) -> tuple[Group, ...]:
@@ -266,7 +272,7 @@ class _Config:
 
     @cached_property
     def authentication(self) -> Authentication:
-        """The server's method of authentication."""
+        """How the server authenticates itself."""
         if self.policy.authentication is not None:
             return self.policy.authentication
         if not self.has_psk:
@@ -279,7 +285,7 @@ class _Config:
         raise NotImplementedError
 
     def _check_authentication(self, proof: str) -> None:
-        """``proof``: what a server that authenticates with a certificate needs here."""
+        """``proof``: what certificate authentication needs here, for the message."""
         authentication = self.authentication
         if authentication is not Authentication.CERTIFICATE and not self.has_psk:
             raise ConfigError(f"authentication by {authentication.value} needs a PSK")
@@ -295,7 +301,7 @@ class _Config:
 
     @cached_property
     def policy_in_force(self) -> Policy:
-        """The policy, with what it leaves to the rest of the configuration filled in."""
+        """The policy with its open fields filled in from the rest of the configuration."""
         policy = self.policy
         psk = (policy.psk or Requirement.REQUIRE) if self.has_psk else Requirement.OFF
         fresh_keys, fresh_qkd, pad = policy.fresh_keys, policy.fresh_qkd, policy.one_time_pad
@@ -355,7 +361,9 @@ class _Config:
         if qkd in (None, Requirement.OFF):
             return
         if not self.wants_fresh_keys:
-            raise ConfigError("fresh_qkd is about key updates: give fresh_keys=FreshKeys(...) too")
+            raise ConfigError(
+                "fresh_qkd applies to key updates: give fresh_keys=FreshKeys(...) too"
+            )
         if not isinstance(self.psk_source, UpdateKeySource):
             raise ConfigError(
                 "QKD keys in key updates need a source of them: psk_source=QkdPskSource(source)"
@@ -375,7 +383,7 @@ class _Config:
 
     @cached_property
     def _bindings(self) -> dict[bytes, bytes]:
-        """The results of :meth:`binding` by our certificate, of which there are few."""
+        """The results of :meth:`binding` by our certificate; a configuration has few."""
         return {}
 
     @cached_property
@@ -390,7 +398,7 @@ class _Config:
         return parts
 
     def once(self, make: Callable[[Self], R]) -> R:
-        """The result of a function of this frozen configuration, which is called once."""
+        """The result of a function of this frozen configuration, which is called only once."""
         if make not in self._made_once:
             self._made_once[make] = make(self)
         made: R = self._made_once[make]
@@ -398,7 +406,7 @@ class _Config:
 
     @cached_property
     def has_psk(self) -> bool:
-        """Whether there is or may be an external PSK, and the policy lets it be used."""
+        """Whether an external PSK is or may be available and the policy allows it."""
         configured = bool(self.psks) or self.psk_source is not None
         return configured and self.policy.psk is not Requirement.OFF
 
@@ -411,7 +419,7 @@ class _Config:
 def _check_list(what: str, items: Iterable[Group | CipherSuite | SignatureScheme]) -> None:
     codes = [item.code for item in items]
     if not codes:
-        raise ConfigError(f"at least one {what} is needed")
+        raise ConfigError(f"at least one {what} is required")
     if len(set(codes)) != len(codes):
         raise ConfigError(f"a {what} is listed twice")
 
@@ -421,13 +429,14 @@ class ClientConfig(_Config):
     """The configuration of a client.
 
     Args:
-        verifier: decides about the server's certificate or raw public key; the kinds that it can
-            decide about are offered (RFC 7250). ``None``: the system's trust store, or, where PSKs
-            are configured, no certificate at all.
-        identity: our certificate or raw public key, with its private key, for servers that ask.
-        key_shares: how many of the groups are offered with a share in the first flight, from the
-            first on, or which.
-        ticket_store: where tickets are kept; ``None`` offers no resumption.
+        verifier: verifies the server's certificate or raw public key; the client offers the kinds
+            that it supports (RFC 7250). ``None``: the system's trust store or, if PSKs are
+            configured, no certificate at all.
+        identity: our certificate or raw public key, with its private key, for servers that request
+            one.
+        key_shares: the number of groups, from the first on, for which the first flight has a key
+            share, or these groups themselves.
+        ticket_store: stores tickets; ``None`` offers no resumption.
         compatibility_mode: look like TLS 1.2 to middleboxes (RFC 9846 appendix E.4).
     """
 
@@ -441,11 +450,11 @@ class ClientConfig(_Config):
         super().__post_init__()
         shares = self.key_shares
         if isinstance(shares, int) and not 0 <= shares <= len(self.group_list):
-            raise ConfigError(f"key_shares is 0 to {len(self.group_list)} with these groups")
+            raise ConfigError(f"key_shares must be 0 to {len(self.group_list)} with these groups")
         if [group for group in self.group_list if group in self.shared_groups] != [
             *self.shared_groups
         ]:
-            raise ConfigError("key_shares is some of the groups, in the same order")
+            raise ConfigError("key_shares must be a selection of the groups, in the same order")
         self._check_room()
         if isinstance(self.identity, Identity):
             self.identity.require_role(server=False)
@@ -470,8 +479,8 @@ class ClientConfig(_Config):
 
     @cached_property
     def ticket_room(self) -> int:
-        """Bytes that are left in every ClientHello for a session ticket."""
-        # The shares go into one ClientHello, the share of a retry into another.
+        """The number of bytes that every ClientHello has free for a session ticket."""
+        # The first ClientHello has these shares; after a retry, the second has one other share.
         shares = sum(group.exchange.offer_length for group in self.shared_groups)
         largest = max(group.exchange.offer_length for group in self.group_list)
         hashes = {suite.hash for suite in self.suites}
@@ -486,7 +495,7 @@ class ClientConfig(_Config):
 
     @cached_property
     def shared_groups(self) -> tuple[Group, ...]:
-        """The groups that are offered with a share in the first flight."""
+        """The groups for which the first flight has a key share."""
         shares = self.key_shares
         return self.group_list[:shares] if isinstance(shares, int) else shares
 
@@ -496,7 +505,7 @@ class ClientConfig(_Config):
 
 
 class _Unsaid(TicketIssuer):
-    """Stands for tickets that the caller has said nothing about; it never issues any."""
+    """The default of ``tickets``: the policy decides. This object never issues a ticket."""
 
     def __init__(self) -> None:
         """It needs no key."""
@@ -507,18 +516,18 @@ class ServerConfig(_Config):
     """The configuration of a server.
 
     Args:
-        identities: our certificates or raw public keys, with their private keys. The client's
-            server name picks one, then what it can check does (RFC 7250, its signature schemes);
-            where no name fits, the first that it can verify is taken.
-        client_verifier: if given, clients are asked for a certificate or a raw public key, and this
-            verifier decides about what they show.
-        require_client_certificate: refuse a client that has none.
-        tickets: makes session tickets; ``None`` allows no resumption. Left out, there are tickets
-            unless the policy or a schedule wants fresh keys, which exclude them.
-        tickets_per_connection: how many a client gets, with our first application data.
-        cookies: protects the cookie of HelloRetryRequest; servers that share the key can answer
-            for each other.
-        require_known_name: refuse a client whose server name fits no identity.
+        identities: our certificates or raw public keys, with their private keys. One is chosen by
+            the client's server name, then by the certificate types (RFC 7250) and signature schemes
+            that the client supports; if no name matches, the first one that the client can verify.
+        client_verifier: if given, the server requests a certificate or a raw public key from
+            clients, and this verifier verifies it.
+        require_client_certificate: refuse clients without one.
+        tickets: issues session tickets; ``None`` allows no resumption. By default, tickets are
+            issued unless the policy or a schedule requires fresh keys, which exclude them.
+        tickets_per_connection: how many tickets a client gets, with our first application data.
+        cookies: protects the cookie of HelloRetryRequest; servers that share its key can continue
+            each other's handshakes.
+        require_known_name: refuse a client whose server name matches no identity.
     """
 
     identities: tuple[Identity | RawIdentity, ...] = ()
@@ -548,18 +557,18 @@ class ServerConfig(_Config):
         if authentication is Authentication.PSK and self.client_verifier is not None:
             # RFC 9846 section 4.4.2: no CertificateRequest; RFC 9973 needs our certificate.
             raise ConfigError(
-                "a server that shows no certificate cannot ask clients for theirs: beside the PSK, "
-                "give identities (certificate and key), or leave out client_verifier"
+                "a server without a certificate cannot request one from clients: in addition to "
+                "the PSK, give identities (certificate and key), or leave out client_verifier"
             )
         if authentication is Authentication.EITHER and self.require_client_certificate:
             raise ConfigError(
-                "with authentication by either a PSK is enough, and such a client is not asked for "
-                "a certificate: require_client_certificate needs Authentication.BOTH or CERTIFICATE"
+                "with Authentication.EITHER a PSK is enough, and such a client is not asked for a "
+                "certificate: require_client_certificate needs Authentication.BOTH or CERTIFICATE"
             )
         if self.require_known_name and not self.identities:
             raise ConfigError("require_known_name needs identities, which have the known names")
         if not 0 <= self.tickets_per_connection <= 16:
-            raise ConfigError("tickets_per_connection is 0 to 16")
+            raise ConfigError("tickets_per_connection must be 0 to 16")
 
     def _bound_to(self) -> list[bytes]:
         return [bytes((self.require_client_certificate,)), *super()._bound_to()]
@@ -570,13 +579,13 @@ class ServerConfig(_Config):
 
 
 def check_config(config: object, *kinds: type["ClientConfig | ServerConfig"]) -> None:
-    """Check that a connection gets a configuration of its role.
+    """Check that a connection has a configuration for its role.
 
     Raises:
-        ConfigError: it is something else, an ``ssl.SSLContext`` perhaps.
+        ConfigError: it is something else, for example an ``ssl.SSLContext``.
     """
     if not isinstance(config, kinds):
         raise ConfigError(
-            f"a connection is made with a {' or a '.join(kind.__name__ for kind in kinds)}, "
+            f"a connection takes a {' or a '.join(kind.__name__ for kind in kinds)}, "
             f"not {described(config)}"
         )

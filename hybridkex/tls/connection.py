@@ -1,8 +1,8 @@
 """The engine, in the style of h11: bytes in, events out, bytes out.
 
-``receive_data`` takes what the transport gave, ``next_event`` says what it means, ``data_to_send``
-is what the transport must carry. Nothing here waits, and nothing here does I/O. After an error the
-engine is dead: every later call raises, and ``data_to_send`` still holds the alert for the peer.
+``receive_data`` takes bytes from the transport, ``next_event`` returns what they mean, and
+``data_to_send`` returns the bytes for the transport. Nothing here blocks or does I/O. After an
+error every later call raises, and ``data_to_send`` still returns the alert for the peer.
 """
 
 from collections.abc import Callable
@@ -37,12 +37,12 @@ from hybridkex.wire.messages import decode
 from hybridkex.wire.update_messages import PadKey
 
 _MAX_WARNINGS = 4
-"""``user_canceled`` alerts that are ignored; any more are an attack or a bug."""
+"""The number of ``user_canceled`` alerts that are ignored; more of them are an attack or a bug."""
 
 State = client.ClientState | server.ServerState | ClientTraffic | ServerTraffic
 E = TypeVar("E", bound=BaseException)
 
-# Tuples, made once: a union is built anew in every call, and isinstance takes longer over it.
+# Tuples: a union would be built again in every call, and isinstance takes longer with it.
 _WAIT_PSK: Final = (client.WaitPsk, server.WaitPsk)
 _PROPOSED: Final = (client.Proposed, server.Proposed)
 _WAITING: Final = frozenset((*_WAIT_PSK, *_PROPOSED))
@@ -59,24 +59,25 @@ class Connection:
     def __init__(self, records: RecordLayer) -> None:
         self._records = records
         self._state: State | None = None
-        # A copy: the error refers to its traceback, that to our frames, and they to us, so that the
-        # keys of a connection that has failed would stay until the garbage collector runs.
+        # A copy: the error refers to its traceback, the traceback to our frames, and these to us,
+        # so that the keys of a failed connection would stay in memory until the garbage collector
+        # runs.
         self._error: HybridkexError | None = None
         self._session: Session | None = None
         """The session of a connection that has been released."""
         self._close_received = False
         self._close_sent = False
         self._warnings = 0
-        # The short cuts of receive_record and seal_record: set while a record of application data
-        # would change no state but the number of records. Whatever may change a state clears them,
-        # and the next complete round of the long way sets them again.
+        # The fast path of receive_record and seal_record: set while a record of application data
+        # would change no state but the number of records. Anything that may change a state clears
+        # them, and the next complete pass through the normal path sets them again.
         self._open_one: Callable[[memoryview, memoryview], bytes | None] | None = None
         self._seal_one: Callable[[bytes], bytes | None] | None = None
 
     # --- in -----------------------------------------------------------------------------------
 
     def receive_data(self, data: bytes | bytearray | memoryview) -> None:
-        """Take bytes from the transport; empty bytes mean that it has ended.
+        """Take bytes from the transport; empty bytes mean end of file.
 
         Raises:
             TruncationError: the transport ended without close_notify.
@@ -84,49 +85,49 @@ class Connection:
         self._open_one = None
         self._check_alive()
         if self._close_received:
-            return  # Whatever comes behind close_notify is to be ignored (section 6.1).
+            return  # Data after close_notify must be ignored (section 6.1).
         if data:
             self._records.reader.incoming.feed(data)
             return
         if self.next_event_waits:
-            raise LocalStateError("take all events before telling of the transport's end")
+            raise LocalStateError("take all events before reporting the end of the transport")
         if isinstance(self._state, _TRAFFIC):
             raise self._ended_by(TruncationError())
         raise self._ended_by(
             TruncationError(
-                "the other end closed the connection in the handshake; its log may say why, or "
-                "that of a proxy between"
+                "the other end closed the connection during the handshake; its log, or that of a "
+                "proxy on the path, may say why"
             )
         )
 
     def keep(self) -> None:
-        """Copy what :meth:`receive_data` was given and no event has taken: the caller's buffer may
-        change from now on."""
+        """Copy the bytes from :meth:`receive_data` that no event has taken yet, so that the caller
+        may change its buffer."""
         self._records.reader.incoming.keep()
 
     def receive_record(self, head: memoryview, fragment: memoryview) -> bytes | None:
         """Take one short record of application data: :meth:`receive_data` and :meth:`next_event` in
-        one call, for an exchange of short messages.
+        one call, for short messages.
 
         Args:
-            head: the first five bytes from the transport, which are a record's header.
-            fragment: the bytes behind them.
+            head: the first five bytes from the transport: the record header.
+            fragment: the bytes after them.
 
         Returns:
-            The application data, or ``None`` if the bytes are anything else, good or bad. Then
-            nothing has been taken: give them to :meth:`receive_data`.
+            The application data, or ``None`` if the bytes are anything else, valid or not. In that
+            case nothing has been taken: pass them to :meth:`receive_data`.
         """
         open_one = self._open_one
         return None if open_one is None else open_one(head, fragment)
 
     @property
     def next_event_waits(self) -> bool:
-        """Whether an event is there already, without looking at the bytes."""
+        """Whether an event is ready without parsing more bytes."""
         return bool(self._records.events)
 
     @property
     def has_unread(self) -> bool:
-        """Whether bytes of the peer are here that have not become an event, or an event that
+        """Whether there are received bytes that have not become an event, or an event that
         :meth:`next_event` has not returned."""
         return bool(self._records.events) or self._records.reader.has_unread
 
@@ -137,12 +138,12 @@ class Connection:
         return isinstance(self._state, _TRAFFIC) and self._state.update_wanted
 
     def next_event(self) -> Event | None:
-        """The next event, or ``None`` until the caller brings more bytes, a PSK or a decision.
+        """The next event, or ``None`` until the caller provides more bytes, a PSK or a decision.
 
         Raises:
             PeerError: the peer broke the protocol or was refused; the alert is in
                 ``data_to_send``.
-            AlertReceived: the peer gave up.
+            AlertReceived: the peer ended the connection.
         """
         records = self._records
         if records.events:
@@ -157,7 +158,7 @@ class Connection:
                         self._open_one = records.reader.open_one
                     return None
                 if type(item) is DataItem:
-                    assert isinstance(self._state, _TRAFFIC)  # the reader lets no data by before
+                    assert isinstance(self._state, _TRAFFIC)  # no data passes the reader before
                     self._state.data_received()
                     return ApplicationData(item.data)
                 if type(item) is bytes:
@@ -195,7 +196,8 @@ class Connection:
         goes_on = alert.description in (Alert.CLOSE_NOTIFY, Alert.USER_CANCELED)
         if goes_on and self._records.reader.confirmation_due:
             raise UnexpectedMessage(
-                "an alert under a new key before its confirmation", Reason.UPDATE_NOT_CONFIRMED
+                "an alert under a new key before the peer confirmed that key",
+                Reason.UPDATE_NOT_CONFIRMED,
             )
         if alert.description == Alert.CLOSE_NOTIFY:
             if not self.handshake_complete:
@@ -233,8 +235,7 @@ class Connection:
     # --- out ----------------------------------------------------------------------------------
 
     def send_data(self, data: bytes | bytearray | memoryview) -> None:
-        """Queue application data. The records lie in ``data_to_send`` then; nothing is copied but
-        into them."""
+        """Queue application data as records for ``data_to_send``; the data is copied only once."""
         self._check_alive()
         state = self._state
         if not isinstance(state, _TRAFFIC):
@@ -246,33 +247,33 @@ class Connection:
         if view:
             state.send_data(view, self._records)
             if self._records.events:
-                # An update of our key is due, which receive_record would pass by.
+                # An update of our key is due, which receive_record would skip.
                 self._open_one = None
 
     def seal_record(self, data: bytes) -> bytes | None:
         """The record of a short message: :meth:`send_data` and :meth:`data_to_send` in one call.
 
         Returns:
-            What the transport must carry, or ``None`` if ``data`` is not short or the engine has
-            more to send than this. Then nothing has been done: give it to :meth:`send_data`.
+            The bytes for the transport, or ``None`` if ``data`` is not short or the engine has more
+            to send. In that case nothing has changed: pass ``data`` to :meth:`send_data`.
         """
         seal_one = self._seal_one
         return None if seal_one is None else seal_one(data)
 
     def send_close(self) -> None:
-        """Queue close_notify: we send no more. Receiving goes on (section 6.1)."""
+        """Queue close_notify: we send no more data. Receiving continues (section 6.1)."""
         self._check_alive()
         if not self._close_sent:
             self._close_sent, self._seal_one = True, None
             self._records.writer.send_alert(Alert.CLOSE_NOTIFY)
 
     def provide_psk(self, psk: ExternalPsk | None) -> None:
-        """Answer the event ``PskWanted``: with a PSK (at a server, of one of the identities in the
-        event), or with none.
+        """Answer the event ``PskWanted`` with a PSK (at a server, for one of the identities in the
+        event) or with ``None``.
 
         Raises:
-            PeerError: the handshake fails now: the policy demands a PSK and there is none, or the
-                client has another key under its name.
+            PeerError: the handshake fails: the policy requires a PSK and there is none, or the
+                client has another key under this identity.
         """
         self._check_alive()
         state = self._state
@@ -288,8 +289,8 @@ class Connection:
         """Answer the event ``SessionProposed``: the handshake completes.
 
         Args:
-            session: the proposed session with what the caller knows about it (the QKD keys, say);
-                ``None`` takes it as it was proposed. From now on it is :attr:`session`.
+            session: the proposed session, completed by the caller (with the QKD keys, for example);
+                ``None`` accepts it unchanged. It becomes :attr:`session`.
         """
         self._check_alive()
         state = self._state
@@ -298,39 +299,46 @@ class Connection:
         self._enter(state.accept(state.session if session is None else session, self._records))
 
     def update_keys(self, *, request_peer: bool = False) -> None:
-        """Change our key now, and ask the peer for the same (section 4.7.3)."""
+        """Change our key now and ask the peer to change its key (section 4.7.3)."""
         self._check_alive()
         if not isinstance(self._state, _TRAFFIC) or self._close_sent:
-            raise LocalStateError("keys are updated between handshake and close")
+            raise LocalStateError(
+                "keys can be updated only after the handshake and before the connection is closed"
+            )
         self._seal_one = None
         self._state.update_keys(self._records, request=request_peer)
 
     def start_update(
         self, key: UpdateKey | None = None, *, missing: str | None = None, why: str = "asked"
     ) -> None:
-        """Start an Extended Key Update; the event ``EpochBegan`` tells when it is complete.
+        """Start an Extended Key Update; the event ``EpochBegan`` reports its completion.
 
         Args:
             key: the QKD key for it.
-            missing: why there is none, where the policy wants one.
-            why: what the session shall say about it.
+            missing: why there is none, if the policy asks for one.
+            why: the trigger, for :attr:`~hybridkex.tls.epochs.Epoch.why`.
 
         Raises:
             LocalStateError: it was not negotiated, another one is under way, a direction of the
-                connection is closed, or a QKD key is missing or out of place.
+                connection is closed, or a QKD key is missing or not allowed.
         """
-        updates = self._updates("a key update is started between handshake and close")
+        updates = self._updates(
+            "a key update can start only after the handshake and before the connection is closed"
+        )
         if self._close_sent or self._close_received:
-            raise LocalStateError("a key update is started between handshake and close")
+            raise LocalStateError(
+                "a key update can start only after the handshake and before the "
+                "connection is closed"
+            )
         self._seal_one = None
         updates.start(self._records, key, missing, why)
 
     def provide_update_key(self, key: UpdateKey | None, missing: str | None = None) -> None:
-        """Answer the event ``UpdateKeyWanted``: with the key, or with none and the reason.
+        """Answer the event ``UpdateKeyWanted`` with the key, or with ``None`` and the reason.
 
         Raises:
-            LocalStateError: none is wanted, or this is another one.
-            PeerError: the peer's key share is not one.
+            LocalStateError: no key is wanted, or this is another one.
+            PeerError: the peer's key share is invalid.
         """
         updates = self._updates("no key is wanted for a key update")
         self._seal_one = None
@@ -351,26 +359,27 @@ class Connection:
 
     @property
     def update_under_way(self) -> bool:
-        """Whether an Extended Key Update is under way, of either side."""
+        """Whether either side has an Extended Key Update under way."""
         updates = self._connected().updates
         return updates is not None and updates.under_way
 
     @property
     def updates_take_keys(self) -> bool:
-        """Whether an Extended Key Update has a slot for a QKD key that our policy wants filled."""
+        """Whether an Extended Key Update has a slot for a QKD key, and our policy asks for one in
+        it."""
         updates = self._connected().updates
         return updates is not None and updates.takes_keys
 
     def extend_pad(self, identity: bytes, key: Secret) -> None:
-        """Append a QKD key to the one-time pad of our direction, and name it to the peer.
+        """Append a QKD key to the one-time pad of our direction, and send its identity to the peer.
 
         Args:
             identity: its ``QkdIdentity``.
-            key: a key that is in no other use.
+            key: a key that is used for nothing else.
 
         Raises:
             LocalStateError: no one-time pad was negotiated, our direction is closed, or 1,024 keys
-                are not used up.
+                are still unused.
         """
         pad = self._pad(self._records.writer.pad)
         if self._close_sent:
@@ -384,14 +393,17 @@ class Connection:
         self._records.writer.send(PadKey(identity))
 
     def provide_pad_key(self, key: Secret) -> None:
-        """Answer the oldest event ``PadKeyWanted``. Where there is no such key, :meth:`abort`.
+        """Answer the oldest event ``PadKeyWanted``. If the key is not available, call
+        :meth:`abort`.
 
         Raises:
-            LocalStateError: none is wanted.
+            LocalStateError: no key is wanted.
         """
         pad, reader = self._pad(self._records.reader.pad), self._records.reader
         if not reader.pad_keys_due or not len(key):
-            raise LocalStateError("no key is wanted for the peer's one-time pad, or it is empty")
+            raise LocalStateError(
+                "no key is wanted for the peer's one-time pad, or the key is empty"
+            )
         reader.pad_keys_due -= 1
         if not self._close_received:
             pad.extend(key)
@@ -404,8 +416,8 @@ class Connection:
 
     @property
     def waits_for_pad(self) -> bool:
-        """Whether what has been received cannot go on before :meth:`provide_pad_key`; until then,
-        give no more to :meth:`receive_data`."""
+        """Whether received data waits for :meth:`provide_pad_key`; until then, do not call
+        :meth:`receive_data`."""
         return self._records.reader.waits_for_pad
 
     @property
@@ -423,40 +435,38 @@ class Connection:
         )
 
     def abort(self, error: PeerError) -> None:
-        """Give up for a reason that the caller found; its alert is queued.
-
-        This is also how a caller refuses a session that is proposed.
+        """End the connection for a reason of the caller, and queue its alert. A caller also refuses
+        a proposed session in this way.
         """
         if self._error is None:
             self._fail(error)
 
     def reason_of(self, error: HybridkexError) -> HybridkexError:
-        """The first failure of the connection, where ``error`` is only that of a later call."""
+        """The first failure of the connection if ``error`` only comes from a later call."""
         if isinstance(error, LocalStateError) and self._error is not None:
             return self._error
         return error
 
     def release(self) -> None:
-        """Discard all keys: the connection has failed, or its transport is closed.
-
-        A program may keep what it has of a closed connection for long. Only :attr:`session`,
-        :attr:`pad` and whether close_notify was sent or received remain; all else raises
+        """Discard all keys: the connection has failed, or its transport is closed. A program may
+        keep the object of a closed connection for a long time. Only :attr:`session`, :attr:`pad`,
+        :attr:`close_sent` and :attr:`close_received` remain; everything else raises
         :exc:`~hybridkex.LocalStateError`.
         """
         if isinstance(self._state, _TRAFFIC):
             self._session = self._state.connected.session
         if self._error is None:
-            self._error = LocalStateError("it was closed in the handshake")
+            self._error = LocalStateError("it was closed during the handshake")
         self._open_one = self._seal_one = self._state = None
         self._records.release()
 
     @property
     def has_data_to_send(self) -> bool:
-        """Whether ``data_to_send`` has anything."""
+        """Whether ``data_to_send`` would return any bytes."""
         return self._records.writer.has_output
 
     def data_to_send(self) -> bytes | bytearray:
-        """All bytes that wait for the transport; they are handed out once."""
+        """All bytes that wait for the transport; each byte is returned once."""
         writer, state = self._records.writer, self._state
         output = writer.take_output()
         if (
@@ -476,7 +486,7 @@ class Connection:
 
     @property
     def handshake_complete(self) -> bool:
-        """Whether application data may flow."""
+        """Whether application data may be sent and received."""
         return isinstance(self._state, _TRAFFIC)
 
     @property
@@ -491,12 +501,12 @@ class Connection:
 
     @property
     def close_sent(self) -> bool:
-        """Whether we have."""
+        """Whether we have sent close_notify."""
         return self._close_sent
 
     @property
     def session(self) -> Session:
-        """The session: what the keys of this connection rest on.
+        """The session: where the keys of this connection come from, and who the peer is.
 
         Raises:
             LocalStateError: the handshake is not complete.
@@ -504,7 +514,7 @@ class Connection:
         return self._connected().session if self._session is None else self._session
 
     def export(self, label: bytes, context: bytes, length: int) -> Secret:
-        """Keying material for a protocol above: ``length`` bytes (section 7.5)."""
+        """Exported keying material for an application protocol: ``length`` bytes (section 7.5)."""
         return self._connected().exporter.export(label, context, length)
 
     def export_fresh(self, label: bytes, context: bytes, length: int) -> Secret:
@@ -538,7 +548,9 @@ class Connection:
     def _fail(self, error: PeerError) -> None:
         self._records.writer.send_alert(error.alert)
         if error.alert is Alert.USER_CANCELED:
-            self._records.writer.send_alert(Alert.CLOSE_NOTIFY)  # or the peer goes on (section 6.1)
+            self._records.writer.send_alert(
+                Alert.CLOSE_NOTIFY
+            )  # section 6.1: cancellation alone ends nothing
         self._ended_by(error)
 
 
@@ -546,8 +558,8 @@ class ClientConnection(Connection):
     """The client's side.
 
     Args:
-        config: what it wants.
-        server_hostname: a DNS name or an IP address, which the certificate must have.
+        config: the client's configuration.
+        server_hostname: a DNS name or an IP address that the certificate must be valid for.
     """
 
     _first = client.START
@@ -564,7 +576,7 @@ class ClientConnection(Connection):
         """Queue the ClientHello."""
         self._check_alive()
         if self._state is not None:
-            raise LocalStateError("the handshake has been started already")
+            raise LocalStateError("the handshake was started before")
         self._enter(client.start(self._config, self._name, self._records))
 
     def _ended(self) -> None:
@@ -573,7 +585,7 @@ class ClientConnection(Connection):
 
 
 class ServerConnection(Connection):
-    """The server's side; it waits for the ClientHello."""
+    """The server's side; it begins by waiting for the ClientHello."""
 
     _first = server.START
 
@@ -589,7 +601,8 @@ def connection_for(
     """The engine of the role that a configuration is for.
 
     Raises:
-        ConfigError: ``config`` is not a configuration, or a server is given a name to expect.
+        ConfigError: ``config`` is not a configuration, or ``server_hostname`` is given for a
+            server.
     """
     check_config(config, ClientConfig, ServerConfig)
     if isinstance(config, ClientConfig):

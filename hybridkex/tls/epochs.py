@@ -1,4 +1,4 @@
-"""The epochs of a session: what each key update made, and what went into it."""
+"""The epochs of a session: the result of each key update and its inputs."""
 
 from dataclasses import asdict, dataclass, field
 from enum import Enum
@@ -9,18 +9,18 @@ from hybridkex.errors import ConfigError
 from hybridkex.values import value
 
 KEPT_EPOCHS: Final = 64
-"""How many epochs a session remembers; a session of weeks has many more."""
+"""How many epochs a session keeps; a session of weeks has many more."""
 
 
 class KeyUpdates(Enum):
     """The ways in which the keys of a session can change."""
 
     STANDARD = "standard"
-    """KeyUpdate of RFC 9846 section 4.7.3: each key follows from the one before it."""
+    """KeyUpdate of RFC 9846 section 4.7.3: each key is derived from the one before it."""
     EXTENDED = "extended"
     """Extended Key Update: a new key exchange each time."""
     FRESH = "fresh"
-    """The same, with a slot for a QKD key and a confirmation by both ends."""
+    """Extended Key Update with a slot for a QKD key and a confirmation by both ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,26 +46,26 @@ class UpdateKey:
 
 @value(kw_only=True)
 class Epoch:
-    """One epoch of a session, from the second on: what a key update made."""
+    """One epoch of a session after epoch 0: the result of a key update."""
 
     number: int
     """1 for the first update."""
     began_at: float
-    """The time by the configuration's clock, in seconds."""
+    """The time by the configuration's clock, in seconds since the epoch of that clock."""
     why: str
     """The trigger: ``asked``, ``every``, ``after_bytes``, ``key limit``, or ``peer``."""
     group: str
     """The key exchange."""
     confirmed: bool
-    """Whether the peer has confirmed that it is in the same state."""
+    """Whether the peer has confirmed that it has the same keys."""
     qkd_key_ids: tuple[str, ...] = ()
     """The IDs of the QKD keys in it."""
     qkd_sources: tuple[str, ...] = ()
-    """The two KMEs of each of them, the drawing side's first."""
+    """The two KMEs of each key; the first is that of the side that requested the key."""
     qkd_missing: str | None = field(default=None)
     """Why it has no QKD key although our policy asks for one."""
 
     def as_json(self) -> dict[str, object]:
-        """Plain values under stable names."""
+        """A dictionary of JSON values with stable keys."""
         lists = {"qkd_key_ids": list(self.qkd_key_ids), "qkd_sources": list(self.qkd_sources)}
         return asdict(self) | lists

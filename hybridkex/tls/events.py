@@ -30,19 +30,20 @@ class SessionProposed:
 
     Call :meth:`~hybridkex.tls.connection.Connection.accept` or
     :meth:`~hybridkex.tls.connection.Connection.abort`. Until then the engine sends nothing (a
-    client not even its Finished) and reads nothing: no application data, no ticket.
+    client does not send its Finished) and reads nothing: no application data, no ticket.
     """
 
     session: Session
-    """The session that the connection would have. It satisfies the policy of the configuration."""
+    """The session that the connection will have if it is accepted. It satisfies the policy of the
+    configuration."""
     peer: VerifiedPeer | None
-    """Who the peer is, if it showed a certificate or a raw public key. If ``peer.remember`` is
+    """The peer, if it presented a certificate or a raw public key. If ``peer.remember`` is
     set, call it before accepting; it may write a file."""
 
 
 @value
 class HandshakeCompleted:
-    """The session has been accepted; application data may flow."""
+    """The session has been accepted; application data may be sent and received."""
 
     session: Session
 
@@ -51,13 +52,13 @@ class HandshakeCompleted:
 class PskWanted:
     """The handshake waits for an external PSK, until ``provide_psk`` is called.
 
-    At a client: one to offer. At a server: one of those that the client offers and that are not in
-    the configuration.
+    A client needs one to offer; a server needs one that the client offers and that is not in the
+    configuration.
     """
 
     identities: tuple[bytes, ...]
-    """As on the wire, in the client's order; imported ones decode with ``ImportedIdentity.decode``.
-    Empty at a client."""
+    """The identities as on the wire, in the client's order; ``ImportedIdentity.decode`` parses
+    imported ones. Empty at a client."""
 
 
 @value
@@ -69,8 +70,8 @@ class ApplicationData:
 
 @value
 class TicketReceived:
-    """The server gave a ticket; it is in the ticket store already, which the shell may have to
-    bring to disk."""
+    """The server sent a ticket; it is in the ticket store, which the shell may have to write to
+    disk."""
 
     ticket: SessionTicket
 
@@ -84,18 +85,20 @@ class KeyUpdated:
 
 @value
 class UpdateKeyWanted:
-    """The peer's key update names a QKD key: call ``provide_update_key``. Data flows meanwhile."""
+    """The peer's key update names a QKD key: call ``provide_update_key``. Data can be sent and
+    received meanwhile."""
 
     identity: bytes
     """An encoded ``ImportedIdentity``."""
     epoch: int
-    """The epoch that the update makes."""
+    """The number of the epoch that the update begins."""
 
 
 @value
 class PadKeyWanted:
     """The peer has appended a QKD key to the one-time pad of its direction: call
-    ``provide_pad_key``, in the order of these events. What does not need the key flows meanwhile.
+    ``provide_pad_key``, in the order of these events. Data that does not need the key can be sent
+    and received meanwhile.
     """
 
     identity: bytes
@@ -124,7 +127,7 @@ class EpochBegan:
 
 @value
 class CloseReceived:
-    """The peer has sent close_notify: no more data comes, and none is missing."""
+    """The peer has sent close_notify: all its data has been received."""
 
 
 Event: TypeAlias = (

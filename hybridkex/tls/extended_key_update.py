@@ -6,7 +6,7 @@ the order of operations; each class here is a state, named after what it waits f
     Idle ──request──▶ WaitResponse ──response──▶ [WaitConfirm] ──▶ Idle      (initiator)
     Idle ──▶ [WaitKey] ──response──▶ WaitFinish ──finish──▶ [WaitConfirm] ──▶ Idle  (responder)
 
-Those in brackets exist only where the slot is negotiated. A key is changed in the same call that
+The states in brackets exist only if the slot is negotiated. A key is changed in the same call that
 sends or checks the message at which it changes.
 """
 
@@ -56,12 +56,12 @@ class WaitResponse:
     missing: str | None
     why: str
     crossed: bool = False
-    """Whether a request of the peer has been ignored: there can be one."""
+    """Whether a request of the peer has been ignored; at most one can be."""
 
 
 @value
 class WaitKey:
-    """The peer has sent a request with a QKD key, which our caller looks up."""
+    """The peer has sent a request with a QKD key that our caller looks up."""
 
     message: wire.FreshRequest
     request: bytes
@@ -69,7 +69,7 @@ class WaitKey:
 
 @value
 class _New:
-    """An epoch that has been derived."""
+    """A derived epoch."""
 
     generation: Generation
     epoch: Epoch
@@ -78,14 +78,14 @@ class _New:
 
 @value
 class WaitFinish:
-    """We have answered, and send under the new key."""
+    """We have responded, and send under the new key."""
 
     new: _New
 
 
 @value
 class WaitConfirm:
-    """Both directions have changed; the peer has not confirmed yet."""
+    """Both directions have new keys; the peer has not confirmed them yet."""
 
     new: _New
 
@@ -121,11 +121,11 @@ class Updates:
         self._slot = kind is KeyUpdates.FRESH
         self._group = group
         self._generation = generation
-        """The newest one that has been derived."""
+        """The newest derived generation."""
         self.number = generation.number
-        """The epoch in which both ends are."""
+        """The number of the epoch that both ends are in."""
         self.exporter: ExporterSecret = generation.exporter
-        """That of the epoch in which both ends are."""
+        """The generation of that epoch."""
         self._state: State = Idle()
 
     @property
@@ -134,7 +134,7 @@ class Updates:
 
     @property
     def takes_keys(self) -> bool:
-        """Whether there is a slot for a QKD key, and our policy wants one in it."""
+        """Whether there is a slot for a QKD key, and our policy asks for one in it."""
         return self._slot and self._qkd is not Requirement.OFF
 
     # --- what our side does -------------------------------------------------------------------
@@ -147,12 +147,12 @@ class Updates:
         Args:
             records: the record layer.
             key: the QKD key to use.
-            missing: why there is none, where there should be.
-            why: for the session.
+            missing: why there is none, if the policy asks for one.
+            why: the trigger, for the session.
 
         Raises:
-            LocalStateError: an update is under way, or it must have a QKD key and has none, or it
-                must have none and has one.
+            LocalStateError: an update is under way, a required QKD key is missing, or a QKD key is
+                given where none is allowed.
         """
         if self.under_way:
             raise LocalStateError("a key update is under way")
@@ -171,13 +171,13 @@ class Updates:
             message = wire.UpdateRequest(share)
         raw = records.writer.send(message)
         if key is None and self.takes_keys:
-            missing = missing or "the update was started without one"
+            missing = missing or "the update was started without a QKD key"
         else:
             missing = None
         self._state = WaitResponse(started, raw, key, missing, why)
 
     def provide(self, records: RecordLayer, key: UpdateKey | None, missing: str | None) -> None:
-        """Answer :class:`~hybridkex.tls.events.UpdateKeyWanted`: with the key, or with none.
+        """Answer :class:`~hybridkex.tls.events.UpdateKeyWanted` with the key or with ``None``.
 
         Raises:
             LocalStateError: no key is wanted, or this is another one.
@@ -186,13 +186,13 @@ class Updates:
         if not isinstance(state, WaitKey):
             raise LocalStateError("no key is wanted for a key update")
         if key is not None and self._identity(key) != state.message.identity:
-            raise LocalStateError("this is not the key that the peer has named")
+            raise LocalStateError("this is not the key that the peer named")
         self._answer(records, state.message, state.request, key, missing)
 
     # --- what the peer does -------------------------------------------------------------------
 
     def handle(self, message: Message, raw: bytes, records: RecordLayer) -> Epoch | None:
-        """One message after the handshake; returns the epoch that it completes."""
+        """Process one post-handshake message; returns the epoch that it completes."""
         state = self._state
         match message:
             case wire.FreshConfirm(verify_data) if isinstance(state, WaitConfirm):
@@ -223,7 +223,7 @@ class Updates:
         return None
 
     def _ours(self, message: _Request | _Response) -> bool:
-        """Whether it is of the form that was negotiated; the other is out of place."""
+        """Whether the message is of the negotiated form; the other form is refused."""
         return self._slot is isinstance(message, wire.FreshRequest | wire.FreshResponse)
 
     def _requested(self, message: _Request, raw: bytes, records: RecordLayer) -> None:
@@ -247,7 +247,8 @@ class Updates:
         if isinstance(message, wire.FreshRequest):
             if message.demand is wire.Demand.REQUIRED and not message.identity:
                 raise IllegalParameter(
-                    "a key update that requires a QKD key and names none", Reason.UPDATE_MALFORMED
+                    "the peer's key update requires a QKD key and names none",
+                    Reason.UPDATE_MALFORMED,
                 )
             if message.identity and self.takes_keys:
                 self._state = WaitKey(message, raw)
@@ -279,7 +280,7 @@ class Updates:
             if key is not None:
                 answer = wire.SlotAnswer.USED
             elif missing is None and self.takes_keys:
-                missing = "the peer named none"
+                missing = "the peer named no QKD key"
             response = records.writer.send(wire.FreshResponse(entry, answer))
         else:
             response = records.writer.send(wire.UpdateResponse(entry))
@@ -290,7 +291,7 @@ class Updates:
     def _why_not(
         self, message: wire.FreshRequest, key: UpdateKey | None
     ) -> wire.DeclineReason | None:
-        """Why there can be no update with this key, or without one."""
+        """Why no update is possible with this key, or without one."""
         if key is not None:
             return None
         if message.demand is wire.Demand.REQUIRED:
@@ -306,7 +307,7 @@ class Updates:
     def _answered(
         self, state: WaitResponse, message: _Response, raw: bytes, records: RecordLayer
     ) -> Epoch | None:
-        """The response: change both keys, the finish between them."""
+        """Process the response: change both keys, and send the finish message between the two."""
         self._check_group(message.key_share)
         key, missing = state.key, state.missing
         if isinstance(message, wire.FreshResponse):
@@ -315,7 +316,7 @@ class Updates:
         shared = state.started.finish(message.key_share.share)
         new, sending = self._derive(state.request, raw, shared, key, missing, state.why)
         epoch = self._change_receiving(new, records)
-        if not records.writer.closed:  # else we have nothing more to send, under any key
+        if not records.writer.closed:  # otherwise we have nothing more to send
             records.writer.send(wire.UpdateFinish())
             self._change_sending(sending, new, records)
         return epoch
@@ -333,10 +334,10 @@ class Updates:
             return state.key, state.missing
         if self._qkd is Requirement.REQUIRE:
             raise IllegalParameter(
-                "the peer goes on without the QKD key that our request requires",
+                "the peer continues without the QKD key that our request requires",
                 Reason.UPDATE_ANSWER,
             )
-        return None, "the peer did not find it"
+        return None, "the peer did not find the QKD key"
 
     def _finished(self, new: _New, records: RecordLayer) -> Epoch | None:
         records.reader.check_message_boundary()
@@ -363,7 +364,7 @@ class Updates:
         missing: str | None,
         why: str,
     ) -> tuple[_New, TrafficSecret]:
-        """The new epoch, and our sending key in it."""
+        """Derive the new epoch and our sending key in it."""
         secrets = self._generation.next(request, response, shared, self._slot_secret(key))
         epoch = Epoch(
             number=secrets.generation.number,

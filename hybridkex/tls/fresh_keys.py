@@ -19,9 +19,9 @@ class UpdateKeySource(Protocol):
         """Draw a new key for an update that we start.
 
         Args:
-            session: the session that is updated.
-            client: whether we are the client in it.
-            epoch: the epoch that the update makes.
+            session: the session whose keys are updated.
+            client: whether we are its client.
+            epoch: the number of the epoch that the update begins.
 
         Raises :class:`~hybridkex.errors.KeySourceError`.
         """
@@ -29,7 +29,7 @@ class UpdateKeySource(Protocol):
     async def look_up_for_update(
         self, identity: bytes, session: Session, *, client: bool, epoch: int
     ) -> UpdateKey:
-        """The key that the peer has named in its request, an encoded ``ImportedIdentity``.
+        """The key that the peer named in its request by an encoded ``ImportedIdentity``.
 
         Raises :class:`~hybridkex.errors.KeySourceError`.
         """
@@ -43,18 +43,18 @@ class UpdateKeySource(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class FreshKeys:
-    """When a session renews its keys. Either side may have a schedule, or both.
+    """When a session renews its keys. One side or both may have a schedule.
 
     Args:
         every: seconds from one update to the next.
-        after_bytes: bytes of application data in both directions, 65,536 or more, after which the
-            keys are renewed at once; ``None``: only time counts.
-        deadline: seconds that an update may be late. After that, a session whose policy requires
-            fresh keys ends; any other goes on and logs a warning.
-        jitter: the share of ``every`` by which an update may come earlier, at random, so that many
-            sessions do not ask a KME at the same time.
-        low_stock: with fewer QKD keys than this in stock, ``every`` is stretched in proportion.
-        stretch: the largest factor by which ``every`` is stretched.
+        after_bytes: the number of application data bytes in both directions, 65,536 or more, after
+            which the keys are renewed immediately; ``None``: no limit.
+        deadline: seconds that an update may be late. Then a session whose policy requires fresh
+            keys ends; any other session continues and logs a warning.
+        jitter: the fraction of ``every`` by which an update may be early, chosen at random, so that
+            many sessions do not query a KME at the same time.
+        low_stock: if fewer QKD keys than this are in stock, ``every`` is increased in proportion.
+        stretch: the maximum factor by which ``every`` is increased.
     """
 
     every: float = 60.0

@@ -19,7 +19,7 @@ _FLAG: Final = frozenset((int(TlsFlag.EXTENDED_KEY_UPDATE),))
 
 @value
 class Agreed:
-    """The agreement of both sides on the time after the handshake."""
+    """What both sides agreed to use after the handshake."""
 
     key_updates: KeyUpdates
     one_time_pad: bool
@@ -46,7 +46,7 @@ def agree(config: ServerConfig, offered: ext.Extensions) -> Agreed:
         PolicyRefused: our policy requires more.
     """
     policy = config.policy_in_force
-    if policy.fresh_keys is Requirement.OFF:  # and with it all that goes into key updates
+    if policy.fresh_keys is Requirement.OFF:  # and with it everything that key updates contain
         return _STANDARD
     flags, slot = offered.get(ext.TlsFlags), offered.get(ext.FreshQkdKeysOffer)
     pad = offered.get(ext.OneTimePadOffer)
@@ -78,11 +78,11 @@ def read_answer(config: ClientConfig, answers: ext.Extensions) -> Agreed:
     """The server's agreement, as seen by a client.
 
     Raises:
-        IllegalParameter: it answers what was not offered.
+        IllegalParameter: it answers an extension that was not offered.
         PolicyRefused: our policy requires more.
     """
     policy = config.policy_in_force
-    if policy.fresh_keys is Requirement.OFF:  # nothing was offered, and no other answer passes
+    if policy.fresh_keys is Requirement.OFF:  # nothing was offered, so no other answer is valid
         return _STANDARD
     flags, slot = answers.get(ext.TlsFlags), answers.get(ext.FreshQkdKeysAnswer)
     pad = answers.get(ext.OneTimePadAnswer)
@@ -113,7 +113,7 @@ def check_key_updates(policy: Policy, agreed: Agreed | Session) -> None:
         PolicyRefused: it does not.
     """
     kind = agreed.key_updates
-    # First: a pad requires fresh keys, so without them both are missing, and the pad was asked for.
+    # The pad first: without fresh keys both are missing, and the pad is what the user asked for.
     if policy.one_time_pad is Requirement.REQUIRE and not agreed.one_time_pad:
         raise PolicyRefused(
             "our policy requires a one-time pad, and the peer does not support it",

@@ -1,4 +1,5 @@
-"""Code that client and server share in a handshake: offered PSKs, keys, signed content, proofs."""
+"""Code that client and server share in a handshake: offered PSKs, keys, signed content,
+authentication."""
 
 import hmac
 from collections.abc import Iterable, Sequence
@@ -49,7 +50,7 @@ class Psk:
     binder_label: bytes
     resumption: bool
     external_identity: bytes | None
-    """The external PSK that it is, or that the resumed session rested on."""
+    """The external PSK itself, or the one in the key schedule of the resumed session."""
     external_context: bytes | None = None
     """The context of its import (RFC 9258); ``None`` for a plain PSK."""
     origin: object = None
@@ -62,7 +63,7 @@ class Psk:
 
 
 def external_psks(psk: ExternalPsk, suites: Iterable[CipherSuite]) -> list[Psk]:
-    """The offers of one external PSK: itself, or an import for each hash (RFC 9258)."""
+    """The offers for one external PSK: the PSK itself, or an import for each hash (RFC 9258)."""
 
     def offer(identity: bytes, key: Secret, target: HashFunction, binder_label: bytes) -> Psk:
         return Psk(
@@ -159,7 +160,8 @@ class Negotiated:
     psk: Psk | None
     alpn: bytes | None
     extensions: tuple[ext.Extension, ...]
-    """Those of the application: the server's answers at a client, the offers at a server."""
+    """The application's extensions: at a client the server's answers, at a server the client's
+    offers."""
     server_name: str | None
     policy: Policy
     agreed: Agreed
@@ -176,7 +178,7 @@ def _signed_content(label: bytes, transcript: Transcript) -> bytes:
 def sign_transcript(
     identity: Identity | RawIdentity, scheme: SignatureScheme, label: bytes, transcript: Transcript
 ) -> CertificateVerify:
-    """Our signature over everything so far."""
+    """Our signature over the transcript so far."""
     content = _signed_content(label, transcript)
     return CertificateVerify(scheme.code, scheme.sign(identity.signing_key, content))
 
@@ -191,8 +193,8 @@ def verify_signature(
     """Check the peer's signature; returns its scheme.
 
     Raises:
-        IllegalParameter: a scheme that was not offered, or that does not suit the key.
-        DecryptError: a bad signature.
+        IllegalParameter: the scheme was not offered, or does not match the key.
+        DecryptError: the signature is invalid.
     """
     for scheme in offered:
         if scheme.code == message.scheme:
@@ -207,7 +209,8 @@ def verify_signature(
 
 @lru_cache(maxsize=64)
 def certificate_message(chain: tuple[bytes, ...]) -> bytes:
-    """A Certificate with our chain or raw public key, encoded; an empty one without a chain."""
+    """An encoded Certificate message with our chain or raw public key; without a chain, an empty
+    one."""
     return encode(Certificate(b"", tuple((data, ext.Extensions()) for data in chain)))
 
 
@@ -215,7 +218,7 @@ def check_finished(message: Finished, traffic: TrafficSecret, transcript: Transc
     """Compare the peer's Finished with ours, in constant time (section 4.5.3)."""
     if not hmac.compare_digest(message.verify_data, traffic.finished(transcript.digest())):
         raise DecryptError(
-            "Finished does not verify: the handshake was changed on the way", Reason.FINISHED
+            "Finished does not verify: the handshake was modified in transit", Reason.FINISHED
         )
 
 
@@ -231,11 +234,11 @@ def describe(
     """The session, from what the handshake settled.
 
     Args:
-        negotiated: with the peer.
-        ticket: of the session that is resumed.
-        scheme: of the server's signature, if it has signed.
-        peer: the other side, if it has shown who it is.
-        checked: whether the server's certificate was checked, if it has shown one.
+        negotiated: what was agreed with the peer.
+        ticket: the ticket of the resumed session.
+        scheme: the scheme of the server's signature, if it signed.
+        peer: the peer, if it presented a credential.
+        checked: whether the server's certificate was verified, if it presented one.
         now: seconds since the epoch.
     """
     suite, group, psk = negotiated.suite, negotiated.group, negotiated.psk

@@ -10,9 +10,9 @@ from hybridkex.secret import Secret
 from hybridkex.tls.session import Session
 
 MAX_PAD_KEYS: Final = 1024
-"""Keys that may be named and not used up, in one direction."""
+"""The maximum number of keys with unused bytes in one direction."""
 _ALERTS: Final = 2 * (2 + OVERHEAD)
-"""Bytes of pad that no data may take: user_canceled and close_notify, or another alert."""
+"""Bytes of pad that are reserved for alerts: user_canceled and close_notify, or a fatal alert."""
 
 
 @runtime_checkable
@@ -27,7 +27,8 @@ class PadSource(Protocol):
         """
 
     async def look_up_for_pad(self, identity: bytes, session: Session) -> Secret:
-        """The key that the peer has drawn and named, once. The shell bounds the time.
+        """The key that the peer requested and named; it is delivered once. The shell sets a time
+        limit.
 
         Raises :class:`~hybridkex.errors.KeySourceError`.
         """
@@ -44,8 +45,8 @@ class OneTimePad:
     """Application data under a one-time pad of QKD keys (experimental, ``docs/one-time-pad.md``).
 
     Args:
-        hold: bytes of pad for our sending direction, 256 to 16,384, that are drawn ahead once we
-            have begun to send. What is left at the end of the session is lost.
+        hold: bytes of pad for our sending direction, 256 to 16,384, that are requested in advance
+            once we have begun to send. Unused pad is discarded at the end of the session.
         deadline: seconds that data waits for a QKD key, at the sender and at the receiver. Then the
             session ends.
     """
@@ -66,7 +67,7 @@ class PadBudget:
     """The remaining one-time pads of a session, in bytes."""
 
     sending: int
-    """Unused pad that our data may take; some more is kept for alerts."""
+    """Unused pad for our data; some more is reserved for alerts."""
     sent: int
     """Pad that we have used."""
     receiving: int
@@ -74,12 +75,13 @@ class PadBudget:
     received: int
     """Pad that the peer has used."""
     record: int
-    """The most bytes of data in one record."""
+    """The maximum number of data bytes in one record."""
     stock: int | None = None
-    """Further key at our KME, for both directions, when it was last asked; ``None``: not known."""
+    """Bytes of further key at our KME, for both directions, when it was last asked; ``None``:
+    unknown."""
 
     def cost(self, size: int) -> int:
-        """The pad that data of ``size`` bytes takes when it is sent at once."""
+        """The bytes of pad that ``size`` bytes of data use when they are sent in one call."""
         return size + OVERHEAD * -(-size // self.record)
 
     @property
@@ -101,18 +103,19 @@ class PadBudget:
 
 
 def content_within(pad: int, record_limit: int) -> int:
-    """Bytes of content that so many bytes of pad protect, in records of at most ``record_limit``
-    bytes inside."""
+    """Bytes of content that so many bytes of pad can protect, in records with at most
+    ``record_limit`` bytes of inner plaintext."""
     full, rest = divmod(max(0, pad), record_limit)
     return full * (record_limit - OVERHEAD) + max(0, rest - OVERHEAD)
 
 
 def piece_of(hold: int, record: int) -> int:
-    """The most bytes of data that a direction can send at once with ``hold`` bytes of pad, from its
-    beginning on, in records of ``record`` bytes."""
+    """The maximum number of data bytes that a direction can send in one call with ``hold`` bytes of
+    unused pad, in records of ``record`` bytes."""
     return content_within(hold - POINT - _ALERTS, record + OVERHEAD)
 
 
 def available(pad: Pad) -> int:
-    """Bytes of a pad that data may take: not what is kept for alerts and for the first record."""
+    """Bytes of a pad that data may use: all but those reserved for alerts and for the first
+    record."""
     return max(0, pad.left - pad.first - _ALERTS)

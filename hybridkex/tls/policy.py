@@ -1,4 +1,4 @@
-"""The policy: what a connection must rest on."""
+"""The policy: the requirements that a connection must meet."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -11,7 +11,7 @@ class Requirement(Enum):
     """Whether a part of the keys is required, preferred or off."""
 
     REQUIRE = "require"
-    """No connection without it."""
+    """A connection without it is refused."""
     PREFER = "prefer"
     """Used if the peer supports it; the session shows whether it was."""
     OFF = "off"
@@ -19,15 +19,15 @@ class Requirement(Enum):
 
 
 class Authentication(Enum):
-    """The required authentication of the peer."""
+    """How the peer must be authenticated."""
 
     CERTIFICATE = "certificate"
     PSK = "psk"
     BOTH = "certificate+psk"
     """A certificate and an external PSK in one handshake (RFC 9973)."""
     EITHER = "certificate or psk"
-    """An external PSK, or a certificate where the two sides have no PSK in common: each is enough
-    alone, so the connection is as strong as the weaker one."""
+    """An external PSK, or a certificate if the two sides have no PSK in common: either suffices, so
+    the connection is only as strong as the weaker one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,18 +42,18 @@ class Policy:
             certificates are, a PSK where only PSKs are, both where both are. Where
             ``psk`` is preferred and there is none, ``BOTH`` accepts the certificate alone.
         fresh_keys: whether a live session renews its keys by a new key exchange (Extended Key
-            Update, experimental); it then gives and takes no session tickets. ``None`` requires it
-            where a schedule is configured, and leaves it off elsewhere.
+            Update, experimental); such a session neither issues nor accepts session tickets.
+            ``None`` requires it where a schedule is configured, and leaves it off elsewhere.
         fresh_qkd: whether each such update must have a QKD key of its own. ``None`` follows ``psk``
             where there is a source of QKD keys.
-        one_time_pad: whether application data goes under a one-time pad of QKD keys
+        one_time_pad: whether application data is protected by a one-time pad of QKD keys
             (experimental), which needs ``fresh_keys``. ``None`` requires it where
             :class:`~hybridkex.OneTimePad` is configured, and leaves it off elsewhere.
         session_lifetime: seconds for which a session may be resumed, counted from its first, full
-            handshake; whatever is resumed, and however often, ends then. 0: no resumption.
+            handshake, however often it is resumed. 0: no resumption.
 
     Raises:
-        ConfigError: a field of another type, or a combination that no connection can satisfy.
+        ConfigError: a field has the wrong type, or no connection can satisfy the combination.
     """
 
     post_quantum: Requirement = Requirement.REQUIRE
@@ -67,9 +67,9 @@ class Policy:
     def __post_init__(self) -> None:
         check_fields(self)
         if self.session_lifetime < 0:
-            raise ConfigError("session_lifetime is 0 or more seconds")
+            raise ConfigError("session_lifetime must be 0 or more seconds")
         if self.fresh_keys is Requirement.OFF and self.fresh_qkd not in (None, Requirement.OFF):
-            raise ConfigError("fresh_qkd is about key updates, and fresh_keys is off")
+            raise ConfigError("fresh_qkd applies to key updates, and fresh_keys is off")
         if self.fresh_keys is Requirement.OFF and self.one_time_pad not in (None, Requirement.OFF):
             raise ConfigError("a one-time pad gets its keys by key updates: fresh_keys is off")
         if self.psk is Requirement.OFF and self.authentication in (
@@ -81,11 +81,11 @@ class Policy:
             )
         if self.authentication is Authentication.EITHER and self.psk is not Requirement.PREFER:
             raise ConfigError(
-                "authentication by either needs psk=Requirement.PREFER: where a PSK is required, "
-                "a certificate alone is not enough"
+                "Authentication.EITHER needs psk=Requirement.PREFER: if a PSK is required, a "
+                "certificate alone is not enough"
             )
 
     def as_json(self) -> dict[str, str | None]:
-        """Plain values under stable names."""
+        """A dictionary of JSON values with stable keys."""
         values = vars(self).items()
         return {name: value and value.value for name, value in values if name != "session_lifetime"}

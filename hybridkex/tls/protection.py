@@ -1,7 +1,7 @@
 """Record protection (RFC 9846 section 5.2 to 5.5): plaintext to records and back.
 
-Both directions write into buffers made once per call and hold many records in one call, since a
-call into the AEAD costs microseconds and so would every copy of 16 KiB.
+Both directions process many records per call and write into one buffer per call, since an AEAD call
+costs microseconds and so would each copy of 16 KiB.
 """
 
 from struct import Struct
@@ -17,36 +17,37 @@ from hybridkex.wire.records import HEADER, HEADER_LENGTH, Record, RecordBuffer, 
 
 _OVERHEAD: Final = 1 + TAG_LENGTH
 FULL_RECORD: Final = HEADER_LENGTH + MAX_PLAINTEXT + _OVERHEAD
-"""Bytes of a record with as much data as it can hold and no padding. In a bulk transfer, a read of
-a multiple of this ends with a record, and none has to be put together from two reads."""
+"""The length in bytes of a full record without padding. In a bulk transfer, a read of a multiple of
+this ends at a record boundary, so that no record is assembled from two reads."""
 _HEADER: Final = Struct(">BHH")
 _TYPES: Final = tuple(bytes((value,)) for value in range(256))
 SMALL: Final = 2048
-"""Bytes of content up to which a record is made, or opened, in one piece."""
+"""The maximum content length, in bytes, for the fast path of short records."""
 _OUTER_TYPE: Final = int(ContentType.APPLICATION_DATA)
 _APPLICATION_DATA: Final = bytes((_OUTER_TYPE,))
 _MAJOR_VERSION: Final = LEGACY_VERSION >> 8
 _READ_HEADER: Final = HEADER.unpack
 _SMALL_INNER: Final = SMALL + 1
 _KEEP_FREE: Final = 16
-"""Records of a key that are kept for alerts and for KeyUpdate itself."""
+"""The number of records under a key that are reserved for alerts and for KeyUpdate itself."""
 
-_DAMAGED: Final = "a record does not decrypt: it was changed on the way"
+_DAMAGED: Final = "a record does not decrypt: it was modified in transit"
 _DAMAGED_OR_OTHER_KEY: Final = (
-    "the first record under a new key does not decrypt: it was changed on the way, or the two ends "
-    "have different keys; if they use QKD keys, check that both KMEs are of the same link"
+    "the first record under a new key does not decrypt: it was modified in transit, or the two "
+    "ends have different keys; if they use QKD keys, check that both KMEs belong to the same link"
 )
 
 
 class Padding(Protocol):
-    """Chooses the number of zeros that are added to a record (section 5.4)."""
+    """Chooses the number of padding zeros of a record (section 5.4)."""
 
     def __call__(self, length: int, limit: int, /) -> int:
-        """For ``length`` bytes of content, of at most ``limit``: the zeros to append."""
+        """The number of zeros to append to ``length`` bytes of content; both together are at most
+        ``limit``."""
 
 
 class WriteProtection:
-    """The key of our direction, and how many records it has protected."""
+    """The key of our direction and the number of records that it has protected."""
 
     __slots__ = (
         "_aead",
@@ -67,7 +68,7 @@ class WriteProtection:
         self._iv = int.from_bytes(iv, "big")
         self._sequence = 0
         self._update_at = self._last = traffic.suite.record_limit - _KEEP_FREE
-        # The AEAD takes content and content type as one piece of memory: the one copy of this path.
+        # The AEAD takes content and content type as one buffer, which needs the only copy here.
         self._scratch = memoryview(b"")
 
     @property
@@ -77,22 +78,22 @@ class WriteProtection:
 
     @property
     def update_due(self) -> bool:
-        """Whether the key is to be updated before the next record of application data."""
+        """Whether the key must be updated before the next record of application data."""
         return self._sequence >= self._update_at
 
     def update_early(self) -> None:
-        """Let the update be due at half of the records: it takes a round trip."""
+        """Make the update due at half of the limit: it takes a round trip."""
         self._update_at = self._last // 2
 
     def updated(self) -> "WriteProtection":
         return WriteProtection(self.traffic.updated(), self.padding)
 
     def seal(self, type_: int, content: memoryview, limit: int) -> bytes | bytearray:
-        """Protect ``content`` in as many records as it needs; an empty content makes one.
+        """Protect ``content`` in as many records as it needs; empty content makes one record.
 
         Args:
             type_: the content type.
-            content: any length; the caller sees to :attr:`remaining`.
+            content: of any length; the caller checks :attr:`remaining`.
             limit: bytes of content in one record.
         """
         if len(content) <= SMALL and len(content) <= limit and self.padding is None:
@@ -139,7 +140,7 @@ class WriteProtection:
         return self._seal_inner(data + _APPLICATION_DATA)
 
     def _seal_inner(self, inner: bytes) -> bytes:
-        """One record. Copies of so few bytes cost less than the buffers of :meth:`seal`."""
+        """One record. Copying so few bytes costs less than the buffers of :meth:`seal`."""
         head = _HEADER.pack(_OUTER_TYPE, LEGACY_VERSION, len(inner) + TAG_LENGTH)
         nonce = (self._iv ^ self._sequence).to_bytes(IV_LENGTH, "big")
         self._sequence += 1
@@ -160,12 +161,13 @@ class WriteProtection:
 
 
 class ReadProtection:
-    """The key of the peer's direction, and how many records it has opened."""
+    """The key of the peer's direction and the number of records that it has opened."""
 
     __slots__ = ("_aead", "_iv", "_sequence", "limit", "traffic")
 
     def __init__(self, traffic: TrafficSecret, limit: int = MAX_PLAINTEXT + 1) -> None:
-        """``limit``: bytes of content, type and padding in one record (RFC 8449 section 4)."""
+        """``limit``: the maximum of content, type and padding in one record, in bytes (RFC 8449
+        section 4)."""
         key, iv = traffic.key_and_iv()
         self.traffic = traffic
         self._aead = traffic.suite.aead(key)
@@ -175,7 +177,7 @@ class ReadProtection:
 
     @property
     def opened(self) -> int:
-        """Records opened under this key."""
+        """The number of records opened under this key."""
         return self._sequence
 
     def updated(self) -> "ReadProtection":
@@ -188,19 +190,21 @@ class ReadProtection:
 
         Raises:
             BadRecordMac: forged, damaged, or out of order.
-            RecordOverflow: more inside than we allow.
+            RecordOverflow: the inner plaintext is longer than we allow.
         """
         fragment = record.fragment
         size = len(fragment) - TAG_LENGTH
         if size < 0:
-            raise BadRecordMac("a protected record that is too short to be one")
+            raise BadRecordMac("a protected record is shorter than its tag and content type")
         nonce = (self._iv ^ self._sequence).to_bytes(IV_LENGTH, "big")
         try:
             self._aead.decrypt_into(nonce, fragment, record.header, out[:size])
         except InvalidTag:
             raise BadRecordMac(_DAMAGED if self._sequence else _DAMAGED_OR_OTHER_KEY) from None
         if size > self.limit:
-            raise RecordOverflow(f"a record with {size} bytes inside, where {self.limit} may be")
+            raise RecordOverflow(
+                f"a record with {size} bytes of inner plaintext, where {self.limit} are allowed"
+            )
         self._sequence += 1
         return size
 
@@ -209,12 +213,12 @@ class ReadProtection:
 
         Args:
             head: the five bytes of the header.
-            fragment: all that came behind it.
+            fragment: all received bytes after the header.
 
         Returns:
-            The content, or ``None`` if ``fragment`` is not one whole, short, good record of
-            application data without padding. Then nothing has changed, and :meth:`open` and its
-            caller judge the bytes.
+            The content, or ``None`` if ``fragment`` is not one whole, short, valid record of
+            application data without padding. In that case nothing has changed, and the bytes are
+            for :meth:`open`.
         """
         type_, major, length = _READ_HEADER(head)
         size = length - TAG_LENGTH
@@ -237,15 +241,14 @@ class ReadProtection:
         return inner[:-1]
 
     def open_data(self, incoming: RecordBuffer, out: memoryview) -> int:
-        """Decrypt the records of application data that come next; returns the bytes of data.
-
-        This is :meth:`open` for many records in a row, without an object for any of them. Before
-        whatever is not whole, good, plain data it stops, as if it had not seen it: that is for
-        :meth:`open` and its caller to judge.
+        """Decrypt consecutive records of application data; returns the number of data bytes. This
+        is :meth:`open` for many records, without creating an object for each. It stops, without
+        changing anything, before the first record that is not complete, valid, unpadded application
+        data; that record is for :meth:`open`.
 
         Args:
-            incoming: what has been received.
-            out: as long as that, or longer.
+            incoming: the received bytes.
+            out: at least as long as ``incoming``.
         """
         chunk, start = incoming.in_place()
         last_header = len(chunk) - HEADER_LENGTH

@@ -2,8 +2,8 @@
 
 The states of the handshake read and write messages through the two halves of a
 :class:`RecordLayer` and change their keys; they never see a record. The rules of RFC 9846 section 5
-are all here: what may be fragmented, what may be empty, what may stand between two pieces of a
-message, and how much of anything is held.
+are all here: what may be fragmented, what may be empty, what may come between two fragments of a
+message, and how much is buffered.
 """
 
 from collections import deque
@@ -51,18 +51,18 @@ _ALERT: Final = int(ContentType.ALERT)
 _CERTIFICATE: Final = int(HandshakeType.CERTIFICATE)
 _CHANGE_CIPHER_SPEC: Final = plaintext_records(ContentType.CHANGE_CIPHER_SPEC, b"\x01")
 
-# Early data that we skip: a client may send as much as its ticket allowed it (section 4.3.10), and
-# ours allow none, so this is another server's ticket; BoringSSL's figure.
+# Early data that we skip: a client may send as much as its ticket allows (section 4.3.10). Our
+# tickets allow none, so the ticket is another server's; the figure is BoringSSL's.
 _MAX_SKIPPED_EARLY_DATA: Final = 16384
 
 _LONGEST: Final[Mapping[int, int]] = {
-    HandshakeType.CLIENT_HELLO: 1 << 17,  # two or three shares of up to 64 KiB
+    HandshakeType.CLIENT_HELLO: 1 << 17,  # two or three key shares of up to 64 KiB
     HandshakeType.SERVER_HELLO: (1 << 16) + 512,
     HandshakeType.NEW_SESSION_TICKET: (1 << 16) + 1024,
     HandshakeType.CERTIFICATE_VERIFY: (1 << 16) + 16,
     HandshakeType.FINISHED: 64,
     HandshakeType.KEY_UPDATE: 1,
-    HandshakeType.EXTENDED_KEY_UPDATE: 1 << 17,  # a share and the identity of a QKD key
+    HandshakeType.EXTENDED_KEY_UPDATE: 1 << 17,  # a key share and the identity of a QKD key
 }
 _LONGEST_OTHER: Final = 1 << 16
 
@@ -83,7 +83,7 @@ class AlertItem:
 
 
 def _buffer_of(size: int) -> BytesIO:
-    """A buffer that is decrypted into and becomes ``bytes`` without a copy.
+    """A buffer for decryption that becomes ``bytes`` without a copy.
 
     ``BytesIO`` keeps its content in a ``bytes`` object, which ``getvalue`` returns without a copy
     once no view of it is left.
@@ -105,14 +105,14 @@ class WritingHalf:
     def __init__(self, padding: Padding | None) -> None:
         self.protection: WriteProtection | None = None
         self.record_limit = MAX_PLAINTEXT
-        """Bytes of content that the peer takes in a record."""
+        """The maximum number of content bytes in a record that the peer accepts."""
         self.change_cipher_spec_due = False
-        """Whether our next record, a fatal alert too, comes behind the compatibility record. Not
-        sent at once: to send while the peer does could block both."""
+        """Whether the compatibility record precedes our next record, even a fatal alert. It is not
+        sent at once: if both ends send at the same time, both could block."""
         self.closed = False
         """Whether close_notify or a fatal alert has been sent: nothing may follow."""
         self.pad: Pad | None = None
-        """The one-time pad of our direction, where that was negotiated."""
+        """The one-time pad of our direction, if negotiated."""
         self._updates_early = False
         self._padding = padding
         self._outgoing: list[bytes | bytearray] = []
@@ -121,7 +121,7 @@ class WritingHalf:
 
     @property
     def keyed(self) -> WriteProtection:
-        """The protection under our key. Without one, application data is never sent.
+        """The protection under our key. Without a key, application data is never sent.
 
         Raises:
             InternalError: there is no key yet.
@@ -131,7 +131,7 @@ class WritingHalf:
         return self.protection
 
     def send(self, message: Message) -> bytes:
-        """Queue a handshake message; returns it as it goes into the transcript."""
+        """Queue a handshake message; returns its bytes for the transcript."""
         raw = encode(message)
         self.send_raw(raw)
         return raw
@@ -147,7 +147,8 @@ class WritingHalf:
             self._emit(ContentType.HANDSHAKE, flight, version)
 
     def send_change_cipher_spec(self) -> None:
-        """The record that makes TLS 1.3 look like TLS 1.2 (appendix E.4): once in a connection."""
+        """Queue the record that makes TLS 1.3 look like TLS 1.2 (appendix E.4), once per
+        connection."""
         if self._change_cipher_spec_sent:
             return
         self._change_cipher_spec_sent = True
@@ -155,7 +156,8 @@ class WritingHalf:
         self._outgoing.append(_CHANGE_CIPHER_SPEC)
 
     def send_alert(self, alert: Alert) -> None:
-        """Queue an alert; every one but these two is fatal (section 6)."""
+        """Queue an alert; all alerts except close_notify and user_canceled are fatal (section
+        6)."""
         self._flight.clear() if self.protection is None else self.flush()
         warning = alert in (Alert.CLOSE_NOTIFY, Alert.USER_CANCELED)
         self.closed |= alert != Alert.USER_CANCELED
@@ -168,10 +170,11 @@ class WritingHalf:
             self.pad.erase()
 
     def send_data(self, data: memoryview) -> None:
-        """Queue application data; the caller sees to it that the pad, if there is one, covers it.
+        """Queue application data; the caller ensures that the one-time pad, if there is one, is
+        long enough.
 
         Raises:
-            LocalStateError: it does not.
+            LocalStateError: the pad is too short.
         """
         keyed = self.keyed
         self.flush()
@@ -183,7 +186,7 @@ class WritingHalf:
             self._seal_with(self.pad, _APPLICATION, data[start : start + size])
 
     def _seal_with(self, pad: Pad, type_: int, content: bytes | memoryview) -> None:
-        """Queue one record under the pad, which the present key protects in turn."""
+        """Queue one record under the pad, which the present key encrypts again."""
         sealed = memoryview(pad.seal(type_, content))
         self._outgoing.append(self.keyed.seal(PAD_RECORD, sealed, self.record_limit))
 
@@ -195,7 +198,7 @@ class WritingHalf:
             self.protection.update_early()
 
     def update_early(self) -> None:
-        """From now on, an update takes a round trip: it is due long before a key's limit."""
+        """From now on an update takes a round trip, so it is due long before a key's limit."""
         self._updates_early = True
         self.keyed.update_early()
 
@@ -206,8 +209,7 @@ class WritingHalf:
 
     @property
     def seal_one(self) -> Callable[[bytes], bytes | None] | None:
-        """:meth:`WriteProtection.seal_one`, as long as a record may be sent at once; otherwise
-        ``None``."""
+        """:meth:`WriteProtection.seal_one`, if a record may be sent at once; otherwise ``None``."""
         protection = self.protection
         if (
             protection is None
@@ -235,7 +237,7 @@ class WritingHalf:
         return data
 
     def release(self) -> None:
-        """Discard the keys and what waits to be sent."""
+        """Discard the keys and the queued records."""
         self.protection = None
         self.closed = True
         self._outgoing.clear()
@@ -265,18 +267,19 @@ class ReadingHalf:
         self.data_allowed = False
         """Whether application data may arrive: once the handshake is complete."""
         self.confirmation_due = False
-        """Whether a new key is to be confirmed before data may arrive under it."""
+        """Whether the peer must confirm a new key before it may send data under it."""
         self.pad: Pad | None = None
-        """The one-time pad of the peer's direction, where that was negotiated."""
+        """The one-time pad of the peer's direction, if negotiated."""
         self.pad_keys_due = 0
-        """Keys that the peer has appended to it and that we have not looked up yet."""
+        """The number of keys that the peer has appended to it and that we have not looked up
+        yet."""
         self.change_cipher_spec_allowed = False
         """Whether the compatibility record may arrive (appendix E.4)."""
         self._inner_limit = MAX_PLAINTEXT + 1
         self._message = bytearray()
         self._stashed: tuple[int, bytes] | None = None
         self._deferred: PeerError | None = None
-        self._empty_records = 0  # in a row, under one key
+        self._empty_records = 0  # consecutive, under one key
         self._early_data_budget = 0
         self._skip_unprotected = False
 
@@ -287,7 +290,7 @@ class ReadingHalf:
         self._empty_records = 0
 
     def release(self) -> None:
-        """Discard the keys and what was received and not taken."""
+        """Discard the keys and the received items that were not taken."""
         self.protection = self._stashed = self._deferred = None
         self.incoming = RecordBuffer()
         self._message = bytearray()
@@ -295,7 +298,8 @@ class ReadingHalf:
             self.pad.erase()
 
     def limit_records(self, inner_limit: int) -> None:
-        """Bytes of content and type in a record, from now on: the peer knows (RFC 8449)."""
+        """Set the maximum of content and type in a record, in bytes, that the peer was told (RFC
+        8449)."""
         self._inner_limit = inner_limit
         if self.protection is not None:
             self.protection.limit = inner_limit
@@ -304,11 +308,11 @@ class ReadingHalf:
         """The peer's next key (section 7.2)."""
         self.check_message_boundary()
         if self.protection is None:
-            raise InternalError("the peer's key is updated before there is one")
+            raise InternalError("the peer's key is updated before it is set")
         self.protection = self.protection.updated()
 
     def check_message_boundary(self) -> None:
-        """Messages must not straddle a change of keys (section 5.1)."""
+        """Check that no message straddles a change of keys (section 5.1)."""
         if self._message:
             raise UnexpectedMessage(
                 "handshake bytes after the last message before a key change",
@@ -316,23 +320,22 @@ class ReadingHalf:
             )
 
     def skip_early_data(self, *, after_retry: bool) -> None:
-        """Ignore the early data of a client whose offer we do not take (section 4.3.10).
-
-        After HelloRetryRequest it comes as records of another type than the second ClientHello;
-        otherwise as records that do not decrypt.
+        """Ignore the early data of a client, which we never accept (section 4.3.10). After
+        HelloRetryRequest these records have another type than the second ClientHello; otherwise
+        they are records that do not decrypt.
         """
         self._early_data_budget = _MAX_SKIPPED_EARLY_DATA
         self._skip_unprotected = after_retry
 
     def stop_skipping_early_data(self) -> None:
-        """The second ClientHello is here."""
+        """The second ClientHello has arrived."""
         self._early_data_budget = 0
         self._skip_unprotected = False
 
     @property
     def open_one(self) -> Callable[[memoryview, memoryview], bytes | None] | None:
-        """:meth:`ReadProtection.open_one`, as long as a record of application data may come next
-        and would change nothing but the number of records; otherwise ``None``."""
+        """:meth:`ReadProtection.open_one`, if a record of application data may come next and would
+        change only the number of records; otherwise ``None``."""
         if (
             self.protection is None
             or self.pad is not None
@@ -350,7 +353,7 @@ class ReadingHalf:
 
     @property
     def has_unread(self) -> bool:
-        """Whether something has arrived that :meth:`next_item` has not returned, whole or not."""
+        """Whether bytes have arrived that :meth:`next_item` has not returned."""
         return bool(
             self.incoming.pending
             or self._message
@@ -360,7 +363,7 @@ class ReadingHalf:
 
     @property
     def waits_for_pad(self) -> bool:
-        """Whether the next record takes pad of keys that we are still to look up."""
+        """Whether the next record needs pad from keys that we have not looked up yet."""
         return (
             self._stashed is not None
             and self._stashed[0] == PAD_RECORD
@@ -370,7 +373,7 @@ class ReadingHalf:
         )
 
     def next_item(self) -> Item | None:
-        """The next thing that has arrived whole, or ``None``."""
+        """The next complete item, or ``None``."""
         while True:
             if self._message:
                 message = self._take_message()
@@ -401,7 +404,7 @@ class ReadingHalf:
                 return item
 
     def _is_skipped(self, record: Record) -> bool:
-        """Whether an unprotected record is one that changes nothing."""
+        """Whether an unprotected record is to be ignored."""
         if record.type == ContentType.CHANGE_CIPHER_SPEC:
             self._check_change_cipher_spec(record)
             return True
@@ -414,7 +417,7 @@ class ReadingHalf:
         """The content of a record under the one-time pad: application data or an alert."""
         if not pad.covers(len(sealed)):
             raise UnexpectedMessage(
-                "a record under more one-time pad than the peer has named keys for",
+                "a record needs more one-time pad than the keys that the peer named provide",
                 Reason.PAD_MISSING,
             )
         type_, content = pad.open(sealed)
@@ -425,14 +428,16 @@ class ReadingHalf:
         return type_, content
 
     def _content(self, type_: int, content: bytes) -> Item | None:
-        """The content of a record, unless it is application data under our key alone."""
+        """The content of a record that is not application data under the traffic key alone."""
         if self.pad is not None and type_ == PAD_RECORD:
             type_, content = self._padded(self.pad, content)
             if type_ == _APPLICATION:
                 self._check_data(len(content))
                 return DataItem(content) if content else None
         elif self.pad is not None and type_ == _ALERT and self.pad.begun:
-            raise UnexpectedMessage("an alert without the one-time pad", Reason.PAD_MISSING)
+            raise UnexpectedMessage(
+                "an alert that is not protected by the one-time pad", Reason.PAD_MISSING
+            )
         if type_ == _HANDSHAKE:
             if not content:
                 raise UnexpectedMessage(
@@ -442,7 +447,7 @@ class ReadingHalf:
             return None
         if self._message:
             raise UnexpectedMessage(
-                "another record between the pieces of a handshake message",
+                "another record between the fragments of a handshake message",
                 Reason.RECORD_INTERLEAVED,
             )
         if type_ == _ALERT:
@@ -457,15 +462,15 @@ class ReadingHalf:
             if content[0] not in (1, 2):
                 raise IllegalParameter(f"an alert of level {content[0]}", Reason.ALERT_LEVEL)
             return AlertItem(content[0], content[1])
-        raise UnexpectedMessage(f"a record of type {type_} out of place", Reason.RECORD_TYPE)
+        raise UnexpectedMessage(f"a record of type {type_} is not allowed here", Reason.RECORD_TYPE)
 
     def _open(  # noqa: C901  # section 5 has as many cases
         self, read: ReadProtection, first: Record
     ) -> DataItem | None:
         """Decrypt a record and all the application data that follows it, into one buffer.
 
-        What comes behind the data, an error included, is set aside until the data is taken: the
-        caller sees the same in whatever pieces the bytes arrived.
+        Whatever follows the data, an error too, is kept until the data has been taken, so that the
+        result does not depend on how the bytes were split on arrival.
         """
         record: Record | None = first
         buffer = _buffer_of(len(first.fragment) + self.incoming.pending)
@@ -492,7 +497,7 @@ class ReadingHalf:
                 length = content_length(view[filled:end])
                 if length < 0:
                     raise UnexpectedMessage(
-                        "a record of nothing but zeros", Reason.RECORD_EMPTY
+                        "a record whose inner plaintext has only zeros", Reason.RECORD_EMPTY
                     )  # section 5.4
                 end = filled + length
                 type_ = view[end]
@@ -501,7 +506,8 @@ class ReadingHalf:
                     break
                 if self.pad is not None:
                     raise UnexpectedMessage(
-                        "application data without the one-time pad", Reason.PAD_MISSING
+                        "application data that is not protected by the one-time pad",
+                        Reason.PAD_MISSING,
                     )
                 self._check_data(length)
                 more = read.open_data(self.incoming, view[end:])
@@ -533,12 +539,12 @@ class ReadingHalf:
             )
         if self.confirmation_due:
             raise UnexpectedMessage(
-                "application data under a new key before its confirmation",
+                "application data under a new key before the peer confirmed that key",
                 Reason.UPDATE_NOT_CONFIRMED,
             )
         if self._message:
             raise UnexpectedMessage(
-                "application data between the pieces of a handshake message",
+                "application data between the fragments of a handshake message",
                 Reason.RECORD_INTERLEAVED,
             )
         self._empty_records = 0 if length else self._empty_records + 1
@@ -546,16 +552,16 @@ class ReadingHalf:
             raise UnexpectedMessage("too many empty records", Reason.RECORDS_EMPTY_TOO_MANY)
 
     def _unprotected(self, read: ReadProtection, record: Record) -> tuple[int, bytes]:
-        """A record in the clear where a protected one is due.
+        """An unprotected record where a protected one is required.
 
-        A peer that could not follow our ServerHello has no keys to tell us so with: its alert is
-        believed as long as nothing has been decrypted. An attacker who can forge one
+        A peer that could not process our ServerHello has no keys for its alert, so an unprotected
+        alert is accepted until the first record has been decrypted. An attacker who can forge one
         can cut the connection anyway.
         """
         if record.type == _ALERT and not read.opened and not self.data_allowed:
             return record.type, bytes(record.fragment)
         raise UnexpectedMessage(
-            "an unprotected record where a protected one is due", Reason.RECORD_UNPROTECTED
+            "an unprotected record where a protected one is required", Reason.RECORD_UNPROTECTED
         )
 
     def _check_change_cipher_spec(self, record: Record) -> None:
@@ -564,10 +570,10 @@ class ReadingHalf:
         has been received", and is dropped without further processing. Between the records of early
         data that is skipped too."""
         if not self.change_cipher_spec_allowed or bytes(record.fragment) != b"\x01":
-            raise UnexpectedMessage("change_cipher_spec out of place", Reason.RECORD_TYPE)
+            raise UnexpectedMessage("change_cipher_spec is not allowed here", Reason.RECORD_TYPE)
         if self._message:
             raise UnexpectedMessage(
-                "change_cipher_spec between the pieces of a message", Reason.CHANGE_CIPHER_SPEC
+                "change_cipher_spec between the fragments of a message", Reason.CHANGE_CIPHER_SPEC
             )
         self._empty_records += 1
         if self._empty_records > self.limits.empty_records:
@@ -577,13 +583,11 @@ class ReadingHalf:
 
     def _spend_early_data(self, length: int) -> None:
         if length > self._early_data_budget:
-            raise UnexpectedMessage(
-                "more early data than anybody allowed", Reason.EARLY_DATA_TOO_MUCH
-            )
+            raise UnexpectedMessage("more early data than we skip", Reason.EARLY_DATA_TOO_MUCH)
         self._early_data_budget -= length
 
     def _take_message(self) -> bytes | None:
-        """The next whole handshake message; its length is checked before the rest is held."""
+        """The next whole handshake message; its length is checked before the rest is buffered."""
         message = self._message
         if len(message) < HEADER_LENGTH:
             return None
@@ -594,7 +598,8 @@ class ReadingHalf:
             limit = self.limits.certificate_message
         if length > limit:
             raise IllegalParameter(
-                f"a handshake message of type {type_} with {length} bytes; {limit} may be",
+                f"a handshake message of type {type_} with {length} bytes, where {limit} are "
+                "allowed",
                 Reason.MESSAGE_TOO_LONG,
             )
         end = HEADER_LENGTH + length
@@ -606,7 +611,7 @@ class ReadingHalf:
 
 
 class RecordLayer:
-    """The records of one connection in both directions, and its queue of events."""
+    """The record layer of one connection, both directions, with its queue of events."""
 
     def __init__(self, config: ClientConfig | ServerConfig) -> None:
         self.reader = ReadingHalf(config.limits)
@@ -620,7 +625,7 @@ class RecordLayer:
         self.events.append(event)
 
     def release(self) -> None:
-        """Discard the keys of both directions, and all that waits."""
+        """Discard the keys of both directions and everything queued."""
         self.events.clear()
         self.reader.release()
         self.writer.release()

@@ -1,6 +1,6 @@
 """The server's handshake (RFC 9846 appendix A.2), one class per state, in their order.
 
-Anybody can send a ClientHello, so it is checked in the order of cost: first its content, then our
+Anyone can send a ClientHello, so the checks run in order of cost: first its content, then our
 tickets, then the key exchange, and last an outside key source (:class:`WaitPsk`). :data:`STEPS`, at
 the end, lists all states with the messages between them.
 """
@@ -89,7 +89,8 @@ class WaitClientHello(ServerState):
     def _retry(
         self, hello: chosen.Hello, suite: CipherSuite, group: Group, records: RecordLayer
     ) -> ServerState:
-        """Ask for another share, and forget this hello: the cookie remembers it (section 4.3.2)."""
+        """Ask for another share and discard this ClientHello: the cookie holds what is needed of it
+        (section 4.3.2)."""
         state = CookieState(
             suite=suite.code,
             group=group.code,
@@ -108,7 +109,7 @@ class WaitClientHello(ServerState):
 
 
 def _retry_request(state: CookieState, cookie: bytes) -> bytes:
-    """The HelloRetryRequest for a cookie; the same bytes whenever it is made."""
+    """The HelloRetryRequest for a cookie; always the same bytes."""
     return wire.encode(
         wire.HelloRetryRequest(
             random=HELLO_RETRY_RANDOM,
@@ -167,7 +168,7 @@ class WaitSecondClientHello(ServerState):
 
 
 def _check_psk_is_kept(state: CookieState, hello: chosen.Hello) -> None:
-    """A client may remove PSKs that do not go with the suite, and no others (section 4.2.2)."""
+    """A client may remove only PSKs that are incompatible with the suite (section 4.2.2)."""
     if not state.psk:
         return
     if not hello.offered_psks:
@@ -190,10 +191,10 @@ def _negotiate(
     transcript: Transcript | None,
     records: RecordLayer,
 ) -> ServerState | ServerTraffic:
-    """Settle everything; ask for a PSK where only an outside source can know it."""
+    """Negotiate all parameters; ask for a PSK where only an outside source can have it."""
     if suite.code not in hello.message.cipher_suites:
         raise IllegalParameter(
-            "the cipher suite of HelloRetryRequest is not offered any more",
+            "the second ClientHello no longer offers the cipher suite of our HelloRetryRequest",
             Reason.RETRY_HELLO_CHANGED,
         )
     transcript = transcript if transcript is not None else Transcript(suite.hash)
@@ -228,7 +229,7 @@ class WaitPsk(ServerState):
     def provide(
         self, external: ExternalPsk | None, records: RecordLayer
     ) -> ServerState | ServerTraffic:
-        """Go on with the PSK that was found, or with none."""
+        """Continue with the PSK that was found, or without one."""
         if external is None:
             return _respond(self.choice, self.share, self.shared, None, records)
         for offered in self.wanted:
@@ -236,7 +237,7 @@ class WaitPsk(ServerState):
                 selected = chosen.select_external(self.choice, offered, external)
                 if selected is not None:
                     return _respond(self.choice, self.share, self.shared, selected, records)
-        raise LocalStateError("the PSK that was provided is not one of those that were wanted")
+        raise LocalStateError("the PSK that was provided is not one that the client offers")
 
 
 def _respond(
@@ -310,7 +311,7 @@ def _credential_to_send(
 
 
 def _certificate_beside(choice: chosen.Choice, selected: chosen.Selected) -> bool:
-    """Whether a certificate goes with this PSK: never with a ticket, with an external PSK where
+    """Whether we send a certificate with this PSK: never with a ticket; with an external PSK if
     both sides want it (RFC 9973 section 4)."""
     return (
         not selected.psk.resumption
@@ -335,7 +336,7 @@ def _why_no_credential(choice: chosen.Choice) -> PeerError:
         return MissingExtension("ClientHello without signature_algorithms")
     types = choice.hello.server_types
     if all(one.certificate_type not in types for one in choice.config.identities):
-        return UnsupportedCertificateType("the client can check nothing that we can show")
+        return UnsupportedCertificateType("the client accepts no certificate type that we have")
     return HandshakeFailure(
         "the client can verify none of our certificates", Reason.NO_COMMON_SCHEME
     )
@@ -346,10 +347,10 @@ def _check_client_can_answer(choice: chosen.Choice) -> None:
     config = choice.config
     if config.client_verifier is None or choice.client_credential is not None:
         return
-    # The RFC has the offer refused also where a client may stay unknown.
+    # The RFC requires this even if client authentication is optional.
     offered = ext.ClientCertificateTypeOffer in choice.hello.message.extensions
     if offered or config.require_client_certificate:
-        raise UnsupportedCertificateType("the client can show nothing of itself that we can check")
+        raise UnsupportedCertificateType("the client offers no certificate type that we can verify")
 
 
 def _check_binder(choice: chosen.Choice, selected: chosen.Selected) -> None:
@@ -443,11 +444,13 @@ class WaitClientCertificate(ServerState):
         choice, asked = self.flight.choice, self.asked
         if message.context:
             raise IllegalParameter(
-                "the client's Certificate has a context that was not asked for",
+                "the client's Certificate has another certificate_request_context than our request",
                 Reason.CERTIFICATE_CONTEXT,
             )
         if any(extensions.types for _, extensions in message.entries):
-            raise UnsupportedExtension("a certificate extension answers nothing that was asked for")
+            raise UnsupportedExtension(
+                "the client's Certificate has an extension that we did not request"
+            )
         transcript = self.transcript.add(raw)
         if not message.entries:
             if choice.config.require_client_certificate:
@@ -522,7 +525,7 @@ class WaitClientFinished(ServerState):
 
 @value
 class Proposed(ServerState):
-    """The client's Finished is verified; our caller decides before anything else is read."""
+    """The client's Finished is verified; our caller decides before we read anything else."""
 
     flight: _ServerFlight
     negotiated: negotiation.Negotiated
@@ -572,4 +575,4 @@ STEPS: Final[Mapping[type, Step]] = {
     Proposed: Step((), (), (ServerTraffic,)),
     ServerTraffic: Step((_M.KEY_UPDATE, _M.EXTENDED_KEY_UPDATE), (), (ServerTraffic,)),
 }
-"""The handshake on one screen. The engine refuses any other message and any other transition."""
+"""All steps of the handshake. The engine refuses any other message and any other transition."""

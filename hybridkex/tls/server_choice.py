@@ -1,7 +1,5 @@
-"""A ClientHello as the server reads it, and what the server chooses from it, but for the PSK.
-
-Nothing is sent here, and no state is kept: each function answers from the configuration and the
-ClientHello alone.
+"""How the server reads a ClientHello, and what it chooses from it, except the PSK. Nothing is sent
+and no state is kept: each function depends only on the configuration and the ClientHello.
 """
 
 import hashlib
@@ -44,7 +42,7 @@ from hybridkex.wire.codec import u16, vector8, vector16
 
 @value
 class OfferedPsk:
-    """An identity that a client offers, read as far as it can be without any key."""
+    """A PSK identity that a client offers, parsed as far as is possible without a key."""
 
     index: int
     identity: bytes
@@ -58,16 +56,15 @@ class OfferedPsk:
     def read(
         cls, index: int, identity: bytes, binder: bytes, tickets: TicketIssuer | None
     ) -> "OfferedPsk":
-        """``tickets``: whose tickets are ours, if any may be used."""
+        """``tickets``: the issuer of our tickets, if tickets may be used."""
         ticket = tickets.open(identity) if tickets is not None else None
         imported = wire.ImportedIdentity.decode(identity) if ticket is None else None
         return cls(index, identity, binder, imported, ticket)
 
     @property
     def hash(self) -> HashFunction | None:
-        """The hash that it goes with, where it says so and it is for this protocol.
-
-        A plain external PSK does not say; its default is SHA-256 (section 4.3.11).
+        """The hash of the PSK, if the identity states it and is for this protocol. A plain external
+        PSK does not state it; the default is SHA-256 (section 4.3.11).
         """
         if self.imported is None:
             return SHA256
@@ -76,7 +73,8 @@ class OfferedPsk:
         return SHA256 if self.imported.target_kdf == SHA256.kdf else SHA384
 
     def names(self, psk: ExternalPsk) -> bool:
-        """Whether this names the PSK; whether the client has its key is for the binder to show."""
+        """Whether this identity names the PSK; the binder will show whether the client has the
+        key."""
         if psk.context is None:
             return self.identity == psk.identity
         imported = self.imported
@@ -121,8 +119,8 @@ def _key_shares(extensions: ext.Extensions) -> tuple[tuple[int, ...], dict[int, 
 
 
 def _psk_offer(extensions: ext.Extensions) -> tuple[ext.PreSharedKeyOffer | None, bool]:
-    """Sections 4.3.9, 4.3.11 and 9.2, RFC 9973 section 4: the PSKs that may be used, and whether
-    the client can do psk_dhe_ke."""
+    """Sections 4.3.9, 4.3.11 and 9.2, RFC 9973 section 4: the usable PSKs, and whether the client
+    supports psk_dhe_ke."""
     psks, modes = extensions.get(ext.PreSharedKeyOffer), extensions.get(ext.PskKeyExchangeModes)
     if psks is not None and modes is None:
         raise MissingExtension("pre_shared_key without psk_key_exchange_modes")
@@ -141,7 +139,7 @@ def _psk_offer(extensions: ext.Extensions) -> tuple[ext.PreSharedKeyOffer | None
 
 @value
 class Hello:
-    """A ClientHello that passed the checks that need nothing but itself."""
+    """A ClientHello that has passed all checks that depend on nothing else."""
 
     message: wire.ClientHello
     raw: bytes
@@ -151,9 +149,10 @@ class Hello:
     truncated: bytes
     """The part of the ClientHello that the binders cover (section 4.3.11.2)."""
     offered_psks: tuple[OfferedPsk, ...]
-    """The identities that we look at: to list one costs nothing, to try one does."""
+    """The identities that we examine: listing one costs the client nothing, and trying one costs
+    us."""
     psk_dhe: bool
-    """Whether the client can do psk_dhe_ke, in this handshake or to resume it."""
+    """Whether the client supports psk_dhe_ke, in this handshake or to resume it."""
     certificate_with_psk: bool
     server_name: str | None
     """The requested name, in lower case."""
@@ -168,7 +167,7 @@ class Hello:
         schemes, name = extensions.get(ext.SignatureAlgorithms), extensions.get(ext.ServerName)
         certificate_with_psk = ext.TlsCertWithExternPsk in extensions
         offered = zip(psks.identities, psks.binders, strict=True) if psks is not None else ()
-        # RFC 9973 section 4: a ticket does not go together with a certificate.
+        # RFC 9973 section 4: a ticket cannot be combined with a certificate.
         tickets = None if certificate_with_psk else config.tickets
         return cls(
             message=message,
@@ -188,7 +187,7 @@ class Hello:
 
     @property
     def peer_name(self) -> PeerName | None:
-        """The requested name; ``None`` if it is not valid: a client may ask for any bytes."""
+        """The requested name; ``None`` if it is not valid: a client may send any bytes."""
         name = self.server_name
         try:
             return parse_peer_name(name) if name is not None else None
@@ -209,7 +208,7 @@ class Hello:
     def invariants(self) -> bytes:
         """A digest of what a second ClientHello must repeat (section 4.2.2)."""
         message = self.message
-        # Sorted: some clients shuffle their extensions anew in each hello.
+        # Sorted: some clients shuffle their extensions in each ClientHello.
         kept = sorted((one.type, one.body()) for one in message.extensions)
         return hashlib.sha256(
             message.random
@@ -222,7 +221,7 @@ class Hello:
 
 
 def first_usable(config: ServerConfig, hello: Hello, suite: CipherSuite) -> bytes:
-    """For the cookie: a digest of the first identity that we may take with this suite, if any."""
+    """For the cookie: a digest of the first identity that may be used with this suite, if any."""
     for offered in hello.offered_psks:
         if _usable_with(config, hello, offered) is suite.hash:
             return hashlib.sha256(offered.identity).digest()
@@ -230,7 +229,8 @@ def first_usable(config: ServerConfig, hello: Hello, suite: CipherSuite) -> byte
 
 
 def choose_group(config: ServerConfig, hello: Hello) -> Group:
-    """Our first group that the client has; one with a share goes before an equal without."""
+    """Our first group that the client supports; between equals, one with a key share is
+    preferred."""
     common = [group for group in config.group_list if group.code in hello.groups]
     if not common:
         raise HandshakeFailure("no group in common", Reason.NO_COMMON_GROUP)
@@ -242,7 +242,7 @@ def choose_group(config: ServerConfig, hello: Hello) -> Group:
 
 
 def choose_suite(config: ServerConfig, hello: Hello) -> CipherSuite:
-    """Our first suite that the client has; where it offers PSKs, one whose hash fits them."""
+    """Our first suite that the client supports; if it offers PSKs, one with their hash."""
     offered = set(hello.message.cipher_suites)
     common = [suite for suite in config.suites if suite.code in offered]
     if not common:
@@ -252,7 +252,7 @@ def choose_suite(config: ServerConfig, hello: Hello) -> CipherSuite:
 
 
 def _usable_with(config: ServerConfig, hello: Hello, offered: OfferedPsk) -> HashFunction | None:
-    """The hash of a suite with which we may be able to use a PSK, if there is one."""
+    """The hash of a suite with which a PSK may be usable, if there is one."""
     external = _find_external(config, offered)
     if external is not None:
         return offered.hash if external.imported else external.hash
@@ -275,7 +275,7 @@ def preference(config: ServerConfig, offered: OfferedPsk) -> int:
 
 
 def worth_asking(config: ServerConfig) -> bool:
-    """Whether there is an outside source that may know the PSK."""
+    """Whether an outside source may have the PSK."""
     return config.psk_source is not None and config.has_psk
 
 
@@ -303,7 +303,7 @@ class ClientCredential:
 
 @value
 class Choice:
-    """All that is chosen from the ClientHello, except the PSK."""
+    """Everything chosen from the ClientHello except the PSK."""
 
     config: ServerConfig
     hello: Hello
@@ -315,7 +315,7 @@ class Choice:
     """Our credential for this client, if there is one."""
     alpn: bytes | None
     application: tuple[tuple[ext.Extension, ext.Extension], ...]
-    """The client's offers that only the application understands, each with our answer."""
+    """The client's offers of application extensions, each with our answer."""
     client_credential: ClientCredential | None
     """The credential that the client is asked for; ``None`` if it is not asked."""
     agreed: fresh_negotiation.Agreed
@@ -329,7 +329,7 @@ class Choice:
         group: Group,
         transcript: Transcript,
     ) -> "Choice":
-        """Settle the rest. Raises ``PeerError`` where nothing is in common."""
+        """Choose the rest. Raises ``PeerError`` if nothing is in common."""
         return cls(
             config=config,
             hello=hello,
@@ -367,7 +367,7 @@ class _Signer:
 
     identity: Identity | RawIdentity
     schemes: tuple[SignatureScheme, ...]
-    """Those of the configuration that suit its key."""
+    """The schemes of the configuration that suit its key."""
 
 
 def _signers(config: ServerConfig) -> tuple[_Signer, ...]:
@@ -401,7 +401,7 @@ def _choose_alpn(config: ServerConfig, hello: Hello) -> bytes | None:
 def _answer_application(
     config: ServerConfig, hello: Hello
 ) -> tuple[tuple[ext.Extension, ext.Extension], ...]:
-    """Answer the offers for which the configuration has an extension."""
+    """The answers to the offers for which the configuration has an extension."""
     answered = []
     for ours in config.extensions:
         offered = hello.message.extensions.decoded(ours.type, ours.read)
@@ -412,7 +412,7 @@ def _answer_application(
 
 
 def external_allowed(choice: Choice) -> bool:
-    """Whether an external PSK can be used with what authenticates us (RFC 9973 or plain)."""
+    """Whether an external PSK can be combined with our authentication (RFC 9973 or PSK alone)."""
     if choice.config.authentication in (Authentication.PSK, Authentication.EITHER):
         return True
     return choice.hello.certificate_with_psk and choice.credential is not None
@@ -424,7 +424,7 @@ class Resumption:
 
     ticket: TicketState
     peer: VerifiedPeer | None
-    """The client, verified again for this handshake, if it showed who it is."""
+    """The client, verified again for this handshake, if it presented a credential."""
 
 
 @value
@@ -459,7 +459,8 @@ def resolve(choice: Choice, offered: OfferedPsk) -> Selected | None:
 
 
 def select_external(choice: Choice, offered: OfferedPsk, external: ExternalPsk) -> Selected | None:
-    """An external PSK that was named, if it goes with our suite: its key is derived here."""
+    """The external PSK that was named, if its hash is that of our suite; its key is derived
+    here."""
     for psk in negotiation.external_psks(external, (choice.suite,)):
         if psk.identity == offered.identity and psk.hash == choice.suite.hash:
             return Selected(offered, psk, None)
@@ -467,7 +468,7 @@ def select_external(choice: Choice, offered: OfferedPsk, external: ExternalPsk) 
 
 
 def _resume(choice: Choice, state: TicketState) -> Resumption | None:
-    """The session in a ticket, if it satisfies today's configuration and its client is still
+    """The session in a ticket, if it satisfies the present configuration and its client is still
     trusted."""
     config, credential = choice.config, choice.credential
     if (

@@ -1,4 +1,4 @@
-"""The result of a handshake, and what a client keeps to resume it."""
+"""The result of a handshake, and the tickets that a client stores to resume it."""
 
 import time
 from collections.abc import Callable, Collection
@@ -30,60 +30,61 @@ class AuthenticatedBy(Enum):
     PSK = "psk"
     BOTH = "certificate+psk"
     NOTHING = "nothing"
-    """The caller asked not to verify the certificate."""
+    """The caller turned certificate verification off."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """The properties of a connection: what its keys rest on, and who the peer is."""
+    """The properties of a connection: where its keys come from, and who the peer is."""
 
     cipher_suite: str
     group: str
     parts: tuple[str, ...]
-    """The key exchanges of the group, in the order of the layout."""
+    """The component key exchanges of the group, in the order of its key share."""
     post_quantum: bool
-    """Whether one of the parts is post-quantum."""
+    """Whether a component is post-quantum."""
     authenticated_by: AuthenticatedBy
     signature_scheme: str | None
-    """The server's signature; ``None`` where it gave none (PSK, resumption)."""
+    """The scheme of the server's signature; ``None`` if it made none (PSK, resumption)."""
     psk_identity: bytes | None
     """The external PSK in the key schedule: of this handshake or of the one that it resumes."""
     resumed: bool
     began_at: float
-    """When the full handshake was made, in seconds since the epoch; a resumption has the time of
-    the handshake that it resumes, and of all before it the first."""
+    """The time of the full handshake, in seconds since the epoch; a resumed session has the time of
+    the full handshake at the start of its chain of resumptions."""
     alpn: str | None
     server_name: str | None
     peer_credential: Presented | None
-    """The peer's certificate or raw public key; of the original handshake where this one resumes
-    it."""
+    """The peer's certificate or raw public key; a resumed session has that of the full
+    handshake."""
     policy: Policy
     """The policy of our side."""
     psk_context: bytes | None = None
     """The context of the PSK's import (RFC 9258); ``None`` for a plain PSK."""
     psk_origin: object = field(default=None, repr=False, compare=False)
-    """:attr:`ExternalPsk.origin` of the PSK, as it was given; ``None`` after a resumption."""
+    """:attr:`ExternalPsk.origin` of the PSK, unchanged; ``None`` after a resumption."""
     qkd_key_ids: tuple[str, ...] = ()
-    """The QKD keys in the key schedule (UUIDs)."""
+    """The IDs of the QKD keys in the key schedule."""
     qkd_sources: tuple[str, ...] = ()
-    """The two KMEs of each of them, the drawing side's first."""
+    """The two KMEs of each key; the first is that of the side that requested the key."""
     qkd_fallback: str | None = None
-    """Why there is no QKD key, where our policy preferred one."""
+    """Why there is no QKD key although our policy prefers one."""
     verified_by: str | None = None
     """Why :attr:`peer_credential` was accepted: ``ca``, ``pin``, ``known``, ``first use``,
     ``openpgp`` or ``insecure``."""
     vouched_names: tuple[str, ...] = ()
-    """The names of the peer that a trusted party vouches for, in canonical form; none where its
-    key is pinned or nothing was verified. Decide by these, or by :meth:`peer_is_one_of`, and never
-    by the names that :attr:`peer_credential` has: the peer may have written those itself."""
+    """The names of the peer that a trusted party vouches for, in canonical form; none if its key is
+    pinned or nothing was verified. Base decisions on these or on :meth:`peer_is_one_of`, never on
+    the names in :attr:`peer_credential`, which the peer may have chosen itself."""
     extensions: tuple[Extension, ...] = field(default=(), repr=False)
-    """What the peer said in the extensions that the configuration adds: at a client the server's
+    """The peer's values of the extensions that the configuration adds: at a client the server's
     answers, at a server the client's offers that it answered."""
     version: str = "TLS 1.3"
     key_updates: KeyUpdates = KeyUpdates.STANDARD
     """How the keys change while the session lasts, as both sides have agreed."""
     one_time_pad: bool = False
-    """Whether application data goes under a one-time pad of QKD keys, as both sides have agreed."""
+    """Whether application data is protected by a one-time pad of QKD keys, as both sides have
+    agreed."""
     epochs: tuple[Epoch, ...] = ()
     """The epochs of the key updates so far, the last 64 of them; KeyUpdate makes none."""
 
@@ -99,8 +100,8 @@ class Session:
 
     @property
     def peer_is_known(self) -> bool:
-        """Whether the peer has proved that it is somebody whom we know: by a PSK, or by a key for
-        which an authority, a pin or an earlier connection vouches."""
+        """Whether the peer has proved its identity: by a PSK, or by a key that an authority, a pin
+        or an earlier connection vouches for."""
         return self.psk_identity is not None or self.verified_by not in (
             None,
             "first use",
@@ -121,7 +122,7 @@ class Session:
         )
 
     def as_json(self) -> dict[str, object]:
-        """Plain values under stable names, for a log or a command line."""
+        """A dictionary of JSON values with stable keys, for a log or a command line."""
         identity = self.psk_identity
         return {
             "version": self.version,
@@ -154,7 +155,7 @@ class Session:
             legs += f" + PSK '{_shown(self.psk_identity)}'"
         lines = [
             f"{self.version}, {self.cipher_suite}, {self.group}",
-            f"  keys rest on:  {legs}" + (" (resumed)" if self.resumed else ""),
+            f"  keys from:     {legs}" + (" (resumed)" if self.resumed else ""),
             f"  authenticated: {self.authenticated_by.value}"
             + (f", {self.signature_scheme}" if self.signature_scheme else ""),
         ]
@@ -196,7 +197,7 @@ def _shown(identity: bytes) -> str:
 
 @value(kw_only=True)
 class SessionTicket:
-    """The data that a client keeps to resume a session (RFC 9846 section 4.7.1)."""
+    """The data that a client stores to resume a session (RFC 9846 section 4.7.1)."""
 
     ticket: bytes
     psk: Secret
@@ -213,14 +214,15 @@ class SessionTicket:
     psk_identity: bytes | None
     psk_context: bytes | None
     began_at: float
-    """When the full handshake was made, in seconds since the epoch."""
+    """The time of the full handshake, in seconds since the epoch."""
     binding: bytes
-    """The binding of the session: the policy, the PSKs and the identity that made it."""
+    """The binding of the session: a hash of the policy, the PSKs and the identity that it was made
+    with."""
     certificate_type: int = CertificateType.X509
     """The type of :attr:`chain`: certificates, or one raw public key."""
 
     def usable(self, now: float) -> bool:
-        """Whether the lifetime has not passed, nor the clock gone back."""
+        """Whether the ticket has not expired and the clock has not been set back."""
         return 0 <= now - self.received_at < min(self.lifetime, MAX_TICKET_LIFETIME)
 
     def obfuscated_age(self, now: float) -> int:
@@ -232,15 +234,15 @@ class SessionTicket:
 class TicketStore(Protocol):
     """A store of a client's tickets. Each ticket is used once (RFC 9846 appendix C.4).
 
-    The engine calls :meth:`put` and :meth:`take`, so they work in memory. A store that keeps a file
-    is a :class:`FlushableTicketStore` too.
+    The engine calls :meth:`put` and :meth:`take`, so they must not do I/O. A store with a file
+    implements :class:`FlushableTicketStore` too.
     """
 
     def put(self, server: str, ticket: SessionTicket) -> None:
-        """Keep a ticket for this server."""
+        """Store a ticket for this server."""
 
     def take(self, server: str, binding: bytes | None = None) -> SessionTicket | None:
-        """The newest usable ticket for this server; it is not given out again.
+        """The newest usable ticket for this server; it is removed from the store.
 
         Args:
             binding: only tickets with this binding; others stay. ``None`` takes any.
@@ -249,21 +251,21 @@ class TicketStore(Protocol):
 
 @runtime_checkable
 class FlushableTicketStore(Protocol):
-    """A ticket store that keeps a file. The shell writes it, since the engine does no I/O."""
+    """A ticket store with a file. The shell writes it, since the engine does no I/O."""
 
     def flush(self) -> None:
         """Write what has changed. Called in a worker thread: before a ClientHello is sent, after
         the handshake, and after a ticket has come.
 
         Raises:
-            ConfigError: it cannot be written, and may have a ticket that was taken. The handshake
-                fails, since that ticket could be used twice.
+            ConfigError: the file cannot be written and may still have a ticket that was taken. The
+                handshake fails, since that ticket could be used twice.
         """
 
 
 @dataclass
 class MemoryTicketStore:
-    """Tickets in memory: the newest few per server, the most recent servers.
+    """Tickets in memory: the newest few per server, for the servers used most recently.
 
     Raises:
         ConfigError: a field has the wrong type, or a number is below 1.
@@ -273,17 +275,17 @@ class MemoryTicketStore:
     tickets_per_server: int = 4
     clock: Callable[[], float] = time.time
     _tickets: dict[str, list[SessionTicket]] = field(default_factory=dict, init=False, repr=False)
-    """Whoever changes the tickets of a server removes them first: loops in several threads may
-    share the store."""
+    """A method removes the tickets of a server before it changes them: several threads may share
+    the store."""
 
     def __post_init__(self) -> None:
         check_fields(self, {"clock": "MemoryTicketStore(clock=time.time)"})
         self.clock = checked_clock(self.clock)
         if self.max_servers < 1 or self.tickets_per_server < 1:
-            raise ConfigError("max_servers and tickets_per_server are 1 or more")
+            raise ConfigError("max_servers and tickets_per_server must be 1 or more")
 
     def put(self, server: str, ticket: SessionTicket) -> None:
-        """Keep a ticket; the oldest ones make room."""
+        """Store a ticket; the oldest ones are discarded if there are too many."""
         kept = [*self._tickets.pop(server, []), ticket]
         self._tickets[server] = kept[-self.tickets_per_server :]
         if len(self._tickets) > self.max_servers:
@@ -291,7 +293,7 @@ class MemoryTicketStore:
                 self._tickets.pop(oldest, None)
 
     def take(self, server: str, binding: bytes | None = None) -> SessionTicket | None:
-        """The newest usable ticket with this binding, which leaves the store."""
+        """Remove and return the newest usable ticket with this binding."""
         now = self.clock()
         kept = [ticket for ticket in self._tickets.pop(server, []) if ticket.usable(now)]
         fitting = [

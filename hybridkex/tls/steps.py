@@ -9,8 +9,8 @@ class Step:
     """One state of a handshake."""
 
     receives: tuple[HandshakeType, ...]
-    """The messages that end it. None: it waits for our caller and reads nothing."""
+    """The messages that end it; if empty, it waits for our caller and reads nothing."""
     sends: tuple[HandshakeType, ...]
-    """The messages that may be sent when it ends, in their order."""
+    """The messages that may be sent when it ends, in order."""
     then: tuple[type, ...]
     """The states that may follow."""

@@ -1,9 +1,9 @@
-"""Session tickets and HelloRetryRequest cookies: state that a server leaves with its clients.
+"""Session tickets and HelloRetryRequest cookies: server state that the clients store.
 
 Both are sealed with AES-256-GCM under keys that only the server has. A ticket holds the whole state
-of a session (RFC 9846 section 4.7.1); its keys rotate, since a thief of one can impersonate
-the server in resumptions under it (but cannot decrypt them: every resumption has a fresh key
-exchange). A cookie holds what HelloRetryRequest must remember of the first ClientHello (section
+of a session (RFC 9846 section 4.7.1); its keys are rotated, since an attacker who obtains one can
+impersonate the server in resumptions under it (but cannot decrypt them: every resumption has a new
+key exchange). A cookie holds what the server needs from the first ClientHello (section
 4.3.2).
 """
 
@@ -25,8 +25,8 @@ from hybridkex.values import value
 from hybridkex.wire.codec import Reader, ascii_text, u8, u16, u64, vector8, vector16, vector24
 
 MAX_TICKET: Final = 1 << 15
-"""Bytes of the longest ticket that a server issues: half of what the extensions of a ClientHello
-hold together, so that the client's key shares and names have room beside it."""
+"""The maximum length of a ticket in bytes: half of the room for extensions in a ClientHello, which
+leaves the other half for key shares and names."""
 
 Entropy = Callable[[int], bytes]
 
@@ -37,7 +37,7 @@ _SEAL_OVERHEAD: Final = _NAME_LENGTH + _NONCE_LENGTH + 16
 
 @value(kw_only=True)
 class TicketState:
-    """A session, as a ticket remembers it."""
+    """A session as stored in a ticket."""
 
     suite: int
     psk: Secret
@@ -52,7 +52,7 @@ class TicketState:
     binding: bytes
     """The binding of the session: the policy, the PSKs and the identity that made it."""
     client_chain: tuple[bytes, ...]
-    """The client's certificates, verified when the session was made; leaf first."""
+    """The client's certificates, verified in the full handshake; leaf first."""
     client_certificate_type: int = CertificateType.X509
     """The type of :attr:`client_chain`: certificates, or one raw public key."""
 
@@ -109,7 +109,7 @@ class TicketState:
 
 
 class _SealingKey:
-    """One AES-256-GCM key with a public name, by which the server finds it again."""
+    """One AES-256-GCM key with a public name that identifies it to the server."""
 
     __slots__ = ("_aead", "_entropy", "made_at", "name")
 
@@ -140,15 +140,16 @@ class _SealingKey:
 
 @dataclass(kw_only=True)
 class TicketIssuer:
-    """Seals and opens session tickets under keys that it rotates by itself.
+    """Encrypts and decrypts session tickets under keys that it rotates itself.
 
     Args:
-        lifetime: seconds for which a ticket is good, at most seven days.
-        rotation: seconds after which a new key seals; the one before still opens for a lifetime.
+        lifetime: validity of a ticket in seconds, at most seven days.
+        rotation: seconds after which a new key encrypts tickets; the previous key still decrypts
+            for one lifetime.
         clock: seconds since the epoch.
         entropy: returns the given number of random bytes, for keys and nonces.
-        first_key: a key of 32 bytes and its public name of 8 bytes to begin with, for servers that
-            must open each other's tickets; a random one by default.
+        first_key: the initial key of 32 bytes and its public name of 8 bytes, for servers that must
+            accept each other's tickets; random by default.
 
     Raises:
         ConfigError: an argument has the wrong type or is out of range.
@@ -167,9 +168,11 @@ class TicketIssuer:
         )
         self.clock = checked_clock(self.clock)
         if not 1 <= self.lifetime <= MAX_TICKET_LIFETIME:
-            raise ConfigError(f"a ticket's lifetime is 1 to {MAX_TICKET_LIFETIME} seconds")
+            raise ConfigError(
+                f"the lifetime of a ticket must be 1 to {MAX_TICKET_LIFETIME} seconds"
+            )
         if self.rotation < 1:
-            raise ConfigError("ticket keys rotate after one second at the earliest")
+            raise ConfigError("the rotation of ticket keys must be 1 second or more")
         if self.first_key is not None:
             key, name = self.first_key
             if len(key) != 32 or len(name) != _NAME_LENGTH:
@@ -177,7 +180,7 @@ class TicketIssuer:
             self._keys.append(_SealingKey(key.reveal(), name, self.clock(), self.entropy))
 
     def seal(self, state: TicketState) -> bytes | None:
-        """The ticket for this state; ``None`` where it would be longer than :data:`MAX_TICKET`.
+        """The ticket for this state; ``None`` if it would be longer than :data:`MAX_TICKET`.
 
         A ticket holds the client's certificates and its PSK identity, which a client chooses.
         """
@@ -206,7 +209,8 @@ class TicketIssuer:
         return keys[0]
 
     def _fresh(self) -> list[_SealingKey]:
-        """The keys that still open tickets. A new list: other threads may use the present one."""
+        """The keys that still decrypt tickets. A new list: other threads may use the present
+        one."""
         oldest = self.clock() - self.rotation - self.lifetime
         return [key for key in self._keys if key.made_at > oldest]
 
@@ -218,9 +222,9 @@ class CookieState:
     suite: int
     group: int
     hello_digest: bytes
-    """The suite's hash of ClientHello1, which the transcript goes on from."""
+    """The suite's hash of ClientHello1, with which the transcript continues."""
     invariants: bytes
-    """SHA-256 over what must be the same in both ClientHellos (section 4.2.2)."""
+    """SHA-256 over the parts that must be equal in both ClientHellos (section 4.2.2)."""
     psk: bytes
     """SHA-256 of the first PSK identity that goes with the suite; empty where there was none."""
     session_id: bytes
@@ -251,11 +255,11 @@ class CookieState:
 
 
 class CookieProtector:
-    """Seals and opens HelloRetryRequest cookies.
+    """Encrypts and decrypts HelloRetryRequest cookies.
 
     Args:
         key: 32 bytes that servers behind one address may share; a random one by default.
-        lifetime: seconds for which a cookie is good.
+        lifetime: validity of a cookie in seconds.
         clock: seconds since the epoch.
         entropy: returns the given number of random bytes, for the key and nonces.
     """
@@ -269,7 +273,7 @@ class CookieProtector:
         entropy: Entropy = os.urandom,
     ) -> None:
         if key is not None and len(key) != 32:
-            raise ConfigError(f"a cookie key has 32 bytes, not {len(key)}")
+            raise ConfigError(f"a cookie key must have 32 bytes, not {len(key)}")
         raw = key.reveal() if key is not None else entropy(32)
         self._key = _SealingKey(raw, b"cookie 1", 0, entropy)
         self._lifetime = lifetime

@@ -39,11 +39,11 @@ from hybridkex.wire.update_messages import FreshRequest, PadKey, UpdateRequest
 X509: Final = CertificateType.X509
 
 MAX_KEY_UPDATES: Final = (1 << 48) - 1
-"""How often a sender may change its key (section 4.7.3)."""
+"""The maximum number of key changes of a sender (section 4.7.3)."""
 
 
 def store_key(name: str | None) -> str:
-    """The key under which a client's ticket store keeps the tickets of a server."""
+    """The key of a server's tickets in a client's ticket store."""
     return name or ""
 
 
@@ -55,9 +55,9 @@ class Connected:
     suite: CipherSuite
     exporter: ExporterSecret
     resumption: ResumptionSecret | None
-    """``None`` where there will be no session tickets."""
+    """``None`` if there will be no session tickets."""
     updates: Updates | None
-    """The key updates, where Extended Key Update is negotiated."""
+    """The key updates, if Extended Key Update is negotiated."""
 
     @classmethod
     def complete(
@@ -71,7 +71,8 @@ class Connected:
         *,
         tickets: bool,
     ) -> Self:
-        """The handshake is complete, with ``transcript``; ``tickets``: there may be some."""
+        """Complete the handshake with its ``transcript``; ``tickets``: whether tickets may be
+        issued."""
         main, suite = keys.main, negotiated.suite
         resumption = main.resumption_secret(transcript.digest()) if tickets else None
         updates, kind = None, negotiated.agreed.key_updates
@@ -85,13 +86,13 @@ class Connected:
 
 
 def _after(session: Session, epoch: Epoch) -> Session:
-    later = copy(session)  # a fifth of the time of dataclasses.replace
+    later = copy(session)  # takes a fifth of the time of dataclasses.replace
     object.__setattr__(later, "epochs", (*session.epochs[1 - KEPT_EPOCHS :], epoch))
     return later
 
 
 class _Traffic:
-    """The last state: lasts until the connection ends."""
+    """The last state, until the connection ends."""
 
     def __init__(self, connected: Connected, config: ClientConfig | ServerConfig) -> None:
         self.connected = connected
@@ -123,8 +124,8 @@ class _Traffic:
         records.reader.update_key()
         self._read_generation += 1
         self._update_requested = False
-        # The answer waits for our next data (section 4.7.3 asks for no more): a peer that only
-        # writes cannot make us send without end.
+        # The answer waits for our next data, as section 4.7.3 allows: a peer that only writes
+        # cannot make us send endlessly.
         self._answer_update |= message.update_requested
         records.emit(KeyUpdated(self._read_generation))
         return self
@@ -149,7 +150,7 @@ class _Traffic:
 
     def _too_many_updates(self, records: RecordLayer) -> bool:
         """Count an update of the peer. A session that renews its keys for weeks may be silent for
-        days: what counts is how many come at once, and each second takes one of them off."""
+        days, so the limit is on bursts: the count decreases by one per second."""
         now = self._clock()
         passed = max(0.0, now - self._last_request)
         self._updates_in_a_row = max(0.0, self._updates_in_a_row - passed) + 1.0
@@ -170,7 +171,7 @@ class _Traffic:
             )
         if reader.pad.keys + reader.pad_keys_due >= MAX_PAD_KEYS:
             raise UnexpectedMessage(
-                "too many keys for a one-time pad that are not used up", Reason.PAD_KEYS_TOO_MANY
+                "too many unused keys for a one-time pad", Reason.PAD_KEYS_TOO_MANY
             )
         reader.pad_keys_due += 1
         records.emit(PadKeyWanted(message.identity))
@@ -183,7 +184,7 @@ class _Traffic:
 
     @property
     def update_wanted(self) -> bool:
-        """Whether our caller has been asked for a key update that has not been made."""
+        """Whether our caller has been asked for a key update that has not started."""
         updates = self.connected.updates
         return self._update_wanted and updates is not None and updates.takes_keys
 
@@ -212,8 +213,8 @@ class _Traffic:
             room = content_within(available(writer.pad), writer.record_limit)
             if room < len(data):
                 raise PadExhausted(
-                    f"our one-time pad is enough for {room:,} bytes, and {len(data):,} are to be "
-                    "sent"
+                    f"our one-time pad is long enough for {room:,} bytes, and {len(data):,} bytes "
+                    "are to be sent"
                 )
         if data:
             self._updates_in_a_row = 0.0
@@ -241,14 +242,14 @@ class _Traffic:
         protection = records.writer.keyed
         if protection.remaining <= 0:
             raise LocalStateError(
-                "our key may protect no more records, and no key update was completed; open a new "
-                "connection"
+                "our key has reached its limit of records, and no key update was completed; open "
+                "a new connection"
             )
         if self._update_wanted or not protection.update_due:
             return
         self._update_wanted = True
         if updates.takes_keys:
-            records.emit(UpdateWanted())  # our caller has to draw a key
+            records.emit(UpdateWanted())  # our caller has to request a key
         elif not updates.under_way:
             updates.start(records, None, None, "key limit")
 
@@ -265,7 +266,7 @@ class _Traffic:
             self.connected.updates.start(records, None, None, "asked")
             return
         if self._write_generation >= MAX_KEY_UPDATES:
-            raise LocalStateError("our key cannot change any more; open a new connection")
+            raise LocalStateError("our key has reached its limit of updates; open a new connection")
         self._answer_update = False
         self._write_generation += 1
         # "Until receiving a subsequent KeyUpdate from the peer, the sender MUST NOT send another
@@ -291,7 +292,7 @@ class ClientTraffic(_Traffic):
             return super().handle(message, raw, records)
         if self.connected.updates is not None:
             # Section 7 of draft-ietf-tls-extended-key-update-13: no resumption. The ticket is
-            # ignored, unless something else is due.
+            # ignored, unless another message is required here.
             self.connected.updates.handle(message, raw, records)
             return self
         store, session = self._config.ticket_store, self.connected.session
@@ -303,7 +304,7 @@ class ClientTraffic(_Traffic):
         self._tickets += 1
         if self._tickets > records.reader.limits.tickets:
             raise UnexpectedMessage(
-                f"more than {records.reader.limits.tickets} session tickets",
+                f"the server sent more than {records.reader.limits.tickets} session tickets",
                 Reason.TICKETS_TOO_MANY,
             )
         if message.lifetime > MAX_TICKET_LIFETIME:
@@ -315,7 +316,7 @@ class ClientTraffic(_Traffic):
         if lifetime <= 0:
             return self
         if len(message.ticket) > self._config.ticket_room:
-            return self  # No ClientHello of ours could carry it.
+            return self  # No ClientHello of ours has room for it.
         ticket = SessionTicket(
             ticket=message.ticket,
             psk=resumption.psk(message.nonce),
@@ -340,7 +341,7 @@ class ClientTraffic(_Traffic):
 class ServerTraffic(_Traffic):
     """The server's state: it sends tickets with its first data.
 
-    Not before: a client that only writes would never read them, and both sides could block on full
+    Not earlier: a client that only writes would never read them, and both sides could block on full
     sockets.
     """
 
@@ -364,7 +365,7 @@ class ServerTraffic(_Traffic):
         return not self._tickets_due and super().sends_only
 
     def send_data(self, data: memoryview, records: RecordLayer) -> None:
-        """Queue application data, behind the tickets that are due."""
+        """Queue the tickets that are due, then application data."""
         issuer, resumption = self._config.tickets, self.connected.resumption
         while issuer is not None and resumption is not None and self._tickets_due:
             self._tickets_due -= 1
@@ -377,7 +378,7 @@ class ServerTraffic(_Traffic):
         session, presented = self.connected.session, self._presented
         lifetime = min(issuer.lifetime, remaining_lifetime(self._config, session.began_at))
         if lifetime <= 0:
-            return  # The next handshake is a full one.
+            return  # The next handshake of this client is a full one.
         nonce = bytes((self._tickets_due,))
         state = TicketState(
             suite=self.connected.suite.code,
@@ -394,7 +395,7 @@ class ServerTraffic(_Traffic):
         )
         ticket = issuer.seal(state)
         if ticket is None:
-            return  # Too long; this client makes a full handshake the next time.
+            return  # The ticket is too long; the next handshake of this client is a full one.
         records.writer.send(
             NewSessionTicket(
                 lifetime=lifetime,

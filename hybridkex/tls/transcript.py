@@ -9,8 +9,8 @@ from hybridkex.crypto.suites import HashFunction
 class Transcript:
     """The hash of the handshake messages so far, as bytes on the wire.
 
-    It is a value: :meth:`add` returns another one, so that a state of the handshake can hold it
-    while the states after it go on.
+    It is immutable: :meth:`add` returns a new object, so that a state of the handshake can keep its
+    transcript while later states extend theirs.
     """
 
     __slots__ = ("_digest", "_hash", "function")

@@ -267,7 +267,7 @@ def test_two_parties_without_a_server(processes: Processes) -> None:
     )
     assert third.rest() == "chat: there is no seat left\n"
     type_in(alice, "/keys")
-    read_until(alice, "keys rest on:")
+    read_until(alice, "keys from:")
     type_in(bob, "/quit")
     read_until(alice, "bob left pair")
     assert bob.wait(WITHIN) == 0

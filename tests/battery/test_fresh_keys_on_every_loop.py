@@ -336,7 +336,7 @@ def test_an_outage_under_prefer_and_the_recovery(run: Run, caplog: Any) -> None:
         missing = [one.qkd_missing for one in client.session.epochs]
         assert missing[0] is None
         assert "the KME does not answer" in missing
-        assert "the peer did not find it" in missing
+        assert "the peer did not find the QKD key" in missing
         assert missing[-1] is None
         for one in client.session.epochs:
             assert (one.qkd_missing is None) is bool(one.qkd_key_ids)

@@ -291,7 +291,7 @@ def test_once_ends_and_a_cut_connection_is_no_success(
 ) -> None:
     with hybridkex.listening(tmp_path, *server_keys(keys), "--once") as (port, server):
         client = hybridkex.start("connect", "localhost", port, "--ca", keys / "ca.pem")
-        until(lambda: b"peer:" in client.told() and b"rest on" in server.told())
+        until(lambda: b"peer:" in client.told() and b"keys from:" in server.told())
         server.kill()
         assert client.wait() == 1
         assert "close_notify" in client.told().decode().splitlines()[-1]

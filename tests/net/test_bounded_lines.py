@@ -157,4 +157,4 @@ async def test_what_listen_prints_of_sessions(
                 assert await stream.receive_some() == b"x"
         nursery.cancel_scope.cancel()
     known = by in ("authority", "pin")
-    assert capfd.readouterr().err.count("keys rest on:") == (7 if known else 3)
+    assert capfd.readouterr().err.count("keys from:") == (7 if known else 3)

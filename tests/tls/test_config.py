@@ -31,7 +31,7 @@ BOTH = Policy(authentication=Authentication.BOTH)
         ({"groups": (X25519,)}, "no post-quantum part"),
         (
             {"groups": (MLKEM768,), "policy": Policy(post_quantum=Requirement.OFF)},
-            "turns these off",
+            "excludes these",
         ),
         ({"suites": ()}, "at least one cipher suite"),
         ({"signature_schemes": ()}, "at least one signature scheme"),

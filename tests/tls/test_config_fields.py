@@ -230,7 +230,7 @@ OURS: Identity = CA.issue("localhost", algorithm="ed25519")
             "Authentication.BOTH",
         ),
         ({"identities": (OURS,), "require_client_certificate": True}, "client_verifier"),
-        ({"identities": (OURS,), "policy": Policy(psk=Requirement.REQUIRE)}, "there is none"),
+        ({"identities": (OURS,), "policy": Policy(psk=Requirement.REQUIRE)}, "none is configured"),
         ({"psks": (PSK,), "require_known_name": True}, "identities"),
         ({"psks": (PSK,), "policy": Policy(psk=Requirement.OFF)}, "identity|PSK"),
         ({"identities": (OURS,), "policy": Policy(authentication=Authentication.BOTH)}, "PSK"),
@@ -245,7 +245,7 @@ def test_what_a_server_cannot_hold(config: dict[str, Any], reason: str) -> None:
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        ({"verifier": PINS, "policy": Policy(psk=Requirement.REQUIRE)}, "there is none"),
+        ({"verifier": PINS, "policy": Policy(psk=Requirement.REQUIRE)}, "none is configured"),
         (
             {
                 "verifier": PINS,

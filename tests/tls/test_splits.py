@@ -223,8 +223,8 @@ def test_messages_may_be_cut_into_records(trust: TrustStore, identity: Identity)
     [
         (records((22, b"")), "empty handshake record"),
         (records((20, b"\1")), "change_cipher_spec"),
-        (records((21, b"\2\x28")), "between the pieces"),
-        (records((23, b"x" * 40)), "between the pieces"),
+        (records((21, b"\2\x28")), "between the fragments"),
+        (records((23, b"x" * 40)), "between the fragments"),
         (records((24, b"x")), "unknown type 24"),
     ],
 )
@@ -244,9 +244,9 @@ def test_nothing_may_stand_between_the_pieces(
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (records((20, b"\1")), "out of place"),  # before the first ClientHello
+        (records((20, b"\1")), "not allowed here"),  # before the first ClientHello
         (records((21, b"\2")), "alert of 1 bytes"),
-        (records((23, b"x" * 40)), "type 23 out of place"),
+        (records((23, b"x" * 40)), "type 23 is not allowed here"),
         (records((22, b"\1\xff\xff\xff")), "16777215 bytes"),
         (b"\x16\x03\x03\x40\x01", "16385 bytes"),
         (b"\x17\x03\x03\x41\x01", "16641 bytes"),
@@ -296,8 +296,8 @@ def test_too_many_empty_records(trust: TrustStore, identity: Identity) -> None:
 @pytest.mark.parametrize(
     ("inner", "reason"),
     [
-        (b"", "nothing but zeros"),
-        (b"\0\0\0\0", "nothing but zeros"),
+        (b"", "only zeros"),
+        (b"\0\0\0\0", "only zeros"),
         (b"\x14\1", "a record of type 1"),
         (b"\1\x14", "a record of type 20"),
         (b"\x16", "empty handshake record"),
@@ -334,7 +334,7 @@ def test_a_record_with_nothing_inside(ahead: bytes, trust: TrustStore, identity:
     write._aead.encrypt_into(nonce, b"", head, tag)
     pair.client._records.writer._outgoing.append(head + tag)
     pair.fight()
-    assert "nothing but zeros" in str(pair.errors["server"])
+    assert "only zeros" in str(pair.errors["server"])
 
 
 def test_data_between_the_pieces_of_a_message(trust: TrustStore, identity: Identity) -> None:
@@ -344,7 +344,7 @@ def test_data_between_the_pieces_of_a_message(trust: TrustStore, identity: Ident
     pair.client.send_data(b"between")
     channel.writer.send_raw(b"\0\1\0")
     pair.fight()
-    assert "between the pieces" in str(pair.errors["server"])
+    assert "between the fragments" in str(pair.errors["server"])
 
 
 def test_data_before_the_handshake_is_complete(trust: TrustStore, identity: Identity) -> None:

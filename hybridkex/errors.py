@@ -302,6 +302,10 @@ class LinkAuthenticationError(LinkError):
     """A message on a QKD link's classical channel is not authentic."""
 
 
+class NotRandom(LinkError):
+    """The bits of a QKD link's Alice fail a test of randomness, without which no bound holds."""
+
+
 class LedgerDry(LinkError):
     """A QKD link has used up its authentication key and stops."""
 

@@ -40,6 +40,7 @@ PRODUCERS: Final = ("random", "link")
 REKEY_AFTER: Final = 120.0
 """Seconds; WireGuard's own interval."""
 TRANSFER_PROTOCOL: Final = "hybridkex-transfer/2"
+BIT_CHECKS: Final = ("on", "off")
 DECOY_CHECKS: Final = ("full", "shares", "off")
 FINITE_KEY: Final = ("tight", "published")
 LEAKS: Final = ("alice", "both")

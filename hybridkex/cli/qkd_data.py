@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Final
 
 from hybridkex.cli.arguments import Action, Command, Exclusive, argument, option
-from hybridkex.cli.choices import DECOY_CHECKS
+from hybridkex.cli.choices import BIT_CHECKS, DECOY_CHECKS
 from hybridkex.cli.link_options import as_published, distance, finite_key, key_bits, leak, preset
 from hybridkex.cli.values import folder_path
 
@@ -51,6 +51,11 @@ class DistilOptions:
         "what to compare with the channel in the file (default: %(default)s)",
         choices=DECOY_CHECKS,
         default="shares",
+    )
+    bit_check: str = option(
+        "whether bits of Alice's that do not look random are refused (default: %(default)s)",
+        choices=BIT_CHECKS,
+        default=BIT_CHECKS[0],
     )
     finite_key: str = finite_key()
     leak: str = leak()

@@ -4,7 +4,8 @@ A block in the order of its messages::
 
     Bob                                  Alice
     REPORT pulses, bases, test bits, TAG ──────►   drops what was measured in another basis, and
-                                                   of the key basis, at random, what is too much
+                                                   of the key basis, at random, what is too much;
+                                                   tests whether Alice's bits can be random
                         ◄────── SIFT kept, intensities, test bits, TAG
     both count, and abort the block if the QBER or the decoys say so
     ASK  ───────────────────────────────►
@@ -51,7 +52,9 @@ from hybridkex.link.authentication import (
 from hybridkex.link.classical import ClassicalChannel
 from hybridkex.link.entropy import binary_entropy
 from hybridkex.link.finite_key import Counts
+from hybridkex.link.health import check_chosen, check_measured
 from hybridkex.link.ledger import Direction, Ledger, Position
+from hybridkex.link.physics import PairSource
 from hybridkex.link.quantum import Detections, Detector, PulseRecord, Sent
 from hybridkex.link.randomness import Randomness
 from hybridkex.link.ranges import bit_array, instance, whole, within
@@ -293,6 +296,7 @@ class _Party(Generic[L]):
 
     async def _block(self) -> Block:
         sifted = await self._sift()
+        self._settings.check(sifted.counts, pulses=sifted.pulses)
         corrected = await self._correct(sifted)
         outcome = self._bound(sifted, corrected)
         finish, agree = await self._verify(sifted.key)
@@ -301,7 +305,7 @@ class _Party(Generic[L]):
         return await self._amplify(sifted, corrected, outcome, finish)
 
     async def _sift(self) -> _Sifted:
-        """Steps 2 to 4: exchange bases, keep the detections whose bases agree, check the counts."""
+        """Steps 2 and 3: exchange bases, keep the detections whose bases agree, count them."""
         raise NotImplementedError
 
     async def _correct(self, sifted: _Sifted) -> _Corrected:
@@ -389,7 +393,7 @@ class _Party(Generic[L]):
         self._secrets.append(bits)
         return bits
 
-    def _estimate(
+    def _count(
         self, own: Bits, basis: Bits, intensity: Bits, tests: tuple[Bits, Bits], pulses: int | None
     ) -> _Sifted:
         """The key and counts of the kept detections; ``tests``: both parties' bits of the test."""
@@ -407,7 +411,6 @@ class _Party(Generic[L]):
             test_errors=count(test_intensity[tests[0] != tests[1]]),
         )
         key = self._erase_later(own[~in_test].copy())
-        self._settings.check(counts, pulses=pulses)
         return _Sifted(key=key, intensity=key_intensity, counts=counts, pulses=pulses)
 
     def _bound(self, sifted: _Sifted, corrected: _Corrected) -> _Outcome:
@@ -520,24 +523,47 @@ class Alice(_Party[PulseRecord]):
         keeps = self._choose(sent, reports)
         mine: list[Sent] = []
         theirs: list[Bits] = []
+        answers: list[wire.Sift] = []
         for one, report, kept in zip(sent, reports, keeps, strict=True):
             chosen = Sent(intensity=one.intensity[kept], basis=one.basis[kept], bit=one.bit[kept])
             mine.append(chosen)
             theirs.append(report.bit[kept[report.basis.astype(bool)]])
             in_test = chosen.basis.astype(bool)
-            await self._channel.send(
+            answers.append(
                 wire.Sift(
                     kept=kept.astype(np.uint8),
                     intensity=chosen.intensity,
                     bit=chosen.bit[in_test],
                 )
             )
-        await self._channel.send_tag()
         basis = np.concatenate([one.basis for one in mine])
         bit = self._erase_later(np.concatenate([one.bit for one in mine]))
         intensity = np.concatenate([one.intensity for one in mine])
         tests = bit[basis.astype(bool)], np.concatenate(theirs)
-        return self._estimate(bit, basis, intensity, tests, pulses)
+        sifted = self._count(bit, basis, intensity, tests, pulses)
+        if self._settings.bit_check == "on":  # before any of them is disclosed
+            await in_thread(self._check_bits, reports, sent, sifted)
+        for answer in answers:
+            await self._channel.send(answer)
+        await self._channel.send_tag()
+        return sifted
+
+    def _check_bits(self, reports: list[wire.Report], sent: list[Sent], sifted: _Sifted) -> None:
+        """Raises ``NotRandom``."""
+        settings, source = self._settings, self._settings.preset.transmitter
+        if isinstance(source, PairSource):
+            security = settings.preset.security
+            length = settings.proof.secret_length(
+                source, sifted.counts, security=security, leak=0.0
+            )
+            check_measured(sifted.key, length.phase_error)
+            return
+        check_chosen(
+            self._erase_later(np.concatenate([one.bit for one in sent])),
+            np.concatenate([one.basis for one in sent]),
+            np.concatenate([one.intensity for one in sent]),
+            np.concatenate([one.pulse for one in reports]),
+        )
 
     async def _recall(self) -> tuple[list[wire.Report], list[Sent], int | None]:
         """Bob's reports, what was sent in those pulses, and how many pulses the block took."""
@@ -659,7 +685,7 @@ class Bob(_Party[Detector]):
             raise LinkError("the other party kept more detections than a block has")
         intensity = np.concatenate([answer.intensity for answer in answers])
         tests = bit[basis.astype(bool)], np.concatenate([answer.bit for answer in answers])
-        return self._estimate(bit, basis, intensity, tests, pulses)
+        return self._count(bit, basis, intensity, tests, pulses)
 
     async def _correct(self, sifted: _Sifted) -> _Corrected:
         """Send requests until the key agrees with Alice's."""

@@ -16,7 +16,15 @@ from hybridkex.link.ranges import check_ranges, instance, one_of, whole
 from hybridkex.link.reconciliation import Reconciler
 from hybridkex.link.toeplitz import MAX_INPUT
 
-__all__ = ["DECOY_CHECKS", "LEAKS", "MEMORY", "MOST_BLOCK_BITS", "REAUTHENTICATION", "LinkSettings"]
+__all__ = [
+    "BIT_CHECKS",
+    "DECOY_CHECKS",
+    "LEAKS",
+    "MEMORY",
+    "MOST_BLOCK_BITS",
+    "REAUTHENTICATION",
+    "LinkSettings",
+]
 
 SIGMAS: Final = 6.0
 """Standard deviations by which statistics may differ from the expectation."""
@@ -24,6 +32,7 @@ VERIFICATION_BITS: Final = 127
 """The longest verification hash."""
 LEAKS: Final = ("alice", "both")
 DECOY_CHECKS: Final = ("full", "shares", "off")
+BIT_CHECKS: Final = ("on", "off")
 REAUTHENTICATION: Final = ("refuse", "signatures")
 MOST_BLOCK_BITS: Final = MAX_INPUT // 2
 MEMORY: Final = 8 << 30
@@ -72,6 +81,9 @@ class LinkSettings:
     decoy_check: str = DECOY_CHECKS[0]
     """``full``: the rate of detections and the shares of the intensities must match the preset
     within ``tolerance``; ``shares``: only the shares; ``off``: neither. No bound depends on it."""
+    bit_check: str = BIT_CHECKS[0]
+    """``on``: a block ends the session if Alice's bits fail the :mod:`~hybridkex.link.health`
+    tests; ``off``: the bounds take them for random untested."""
     reauthentication: str = REAUTHENTICATION[0]
     """After a party has lost its authentication key: ``refuse``, or begin with ``signatures``."""
     real_time: bool = False
@@ -100,6 +112,7 @@ class LinkSettings:
             ("finite_key", FINITE_KEY),
             ("leak", LEAKS),
             ("decoy_check", DECOY_CHECKS),
+            ("bit_check", BIT_CHECKS),
             ("reauthentication", REAUTHENTICATION),
         ):
             one_of(name, getattr(self, name), known)

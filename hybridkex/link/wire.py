@@ -28,11 +28,11 @@ from typing import ClassVar, Final, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from hybridkex.errors import LinkAuthenticationError, LinkError
+from hybridkex.errors import LinkAuthenticationError, LinkError, NotRandom
 from hybridkex.link.ledger import Direction, Position
 from hybridkex.link.randomness import TOO_FEW_DETECTIONS
 
-VERSION: Final = 3
+VERSION: Final = 4
 HEADER: Final = struct.Struct(">BI")
 CHUNK: Final = 1 << 20
 """Detections in one REPORT, at most."""
@@ -351,6 +351,7 @@ REASONS: Final[tuple[tuple[type[LinkError], str], ...]] = (
     (SignatureRefused, NOT_OURS),
     (LinkAuthenticationError, "what it received from us is not authentic: see its log"),
     (OtherDetections, "it has other detections: the two files are not of the same ones"),
+    (NotRandom, "Alice's bits are not random: see its log"),
     (LinkError, "see its log"),
 )
 """Errors that end a session and what the other party is told of them, the first that fits."""

@@ -29,7 +29,7 @@ from hybridkex.kme.config import PRODUCERS
 from hybridkex.link.finite_key import FINITE_KEY
 from hybridkex.link.presets import PRESETS
 from hybridkex.link.scan import SUFFIXES
-from hybridkex.link.settings import DECOY_CHECKS, LEAKS
+from hybridkex.link.settings import BIT_CHECKS, DECOY_CHECKS, LEAKS
 from hybridkex.link.simulated import BOOTSTRAPS
 from hybridkex.qkd.etsi014.mutual_tls import TLS_KINDS
 from hybridkex.qkd.etsi014.naming import IdRule
@@ -87,6 +87,7 @@ def test_the_choices_are_those_of_the_library() -> None:
     assert PRODUCERS == choices.PRODUCERS
     assert REKEY_AFTER == choices.REKEY_AFTER
     assert PROTOCOL == choices.TRANSFER_PROTOCOL
+    assert choices.BIT_CHECKS == BIT_CHECKS
     assert choices.DECOY_CHECKS == DECOY_CHECKS
     assert choices.FINITE_KEY == FINITE_KEY
     assert choices.LEAKS == LEAKS

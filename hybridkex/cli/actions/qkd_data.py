@@ -97,6 +97,7 @@ def run_distil(options: DistilOptions) -> int:
         block_detections=rows,
         key_bits=options.key_bits,
         decoy_check=options.decoy_check,
+        bit_check=options.bit_check,
         finite_key=options.finite_key,
         leak=options.leak,
     )

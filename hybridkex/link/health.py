@@ -1,0 +1,134 @@
+"""Health tests: whether Alice's bits can be what the bounds take them for.
+
+The bounds for laser pulses assume that Alice's bits are uniform and independent, of each other and
+of everything else that Alice chooses. No test shows that; a test can only show the opposite, and
+these do so for mistakes such as a wrong column, an output that is not connected, or a test pattern:
+
+* frequency: ones among the bits of each basis and intensity (SP 800-22, section 2.1);
+* autocorrelation: whether a bit differs from the one 1 to :data:`LAGS` places earlier (the first
+  of them is the runs test of SP 800-22, section 2.3);
+* the same for the last bit before it whose pulse has the same place in a pattern of
+  :data:`PATTERNS` pulses, which shows patterns that Alice's modulator repeats;
+* the Adaptive Proportion Test and the Repetition Count Test (NIST SP 800-90B, section 4.4), which
+  see a part of the block that fails.
+
+Differences of uniform independent bits at a fixed distance are uniform and independent themselves.
+So each test but the last compares a number of fair coins with the bounds of
+:mod:`hybridkex.link.statistics`, and all of them together refuse good bits with a probability of at
+most :data:`FALSE_ALARM`.
+
+**Entangled pairs**: Alice measures bits that an untrusted source may have biased, and the
+uncertainty relation covers that. But a measured bit, or its sum with other bits, anticommutes with
+the phase error of its pair, so for a share ``phi`` of phase errors no share of ones may be further
+from half than ``sqrt(phi (1 - phi))``. The tests allow that much.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hybridkex.errors import NotRandom
+from hybridkex.link.statistics import mean_lower, mean_upper
+
+FALSE_ALARM: Final = 2.0**-40
+"""The probability, at most, that a block of good bits is refused."""
+MOST_TESTS: Final = 1 << 7
+SHARE: Final = FALSE_ALARM / (2 * MOST_TESTS)
+"""Of one test in one direction."""
+LAGS: Final = 32
+WINDOW: Final = 1024
+"""Bits, as in SP 800-90B for a binary source."""
+PATTERNS: Final = (55_440, 64_000)
+"""Lengths in pulses; every divisor is tested with them (all up to 12; 2^9, 5^3 and 1,000)."""
+FOLDED: Final = 1 << 20
+"""Detections that are sorted by their place in a pattern, at most."""
+
+Bits = NDArray[np.uint8]
+
+
+def check_chosen(bit: Bits, basis: Bits, intensity: Bits, pulse: NDArray[np.int64]) -> None:
+    """Test the bits that Alice chose for all detections of a block, in the order of time.
+
+    One row of each array for each detection; ``basis`` 0 is the key basis. Raises ``NotRandom``.
+    """
+    _refuse(_chosen(bit, basis, intensity, pulse))
+
+
+def check_measured(key: Bits, phase_error: float) -> None:
+    """Test the bits that Alice measured in the key basis.
+
+    ``phase_error``: an upper bound on their phase error rate. Raises ``NotRandom``.
+    """
+    phi = min(phase_error, 0.5)
+    _refuse(_series(key, "bits of the key basis", math.sqrt(phi * (1.0 - phi))))
+
+
+def _refuse(faults: Iterator[str]) -> None:
+    for fault in faults:
+        raise NotRandom(
+            f"Alice's bits are not random: {fault}, and no key is made of them: check which bits "
+            "Alice's end has recorded, Alice's random number generator, and whether Bob's two "
+            "detectors are equally efficient"
+        )
+
+
+def _chosen(bit: Bits, basis: Bits, intensity: Bits, pulse: NDArray[np.int64]) -> Iterator[str]:
+    for kind in np.flatnonzero(np.bincount(2 * intensity + basis)):
+        name = f"bits of the {('key', 'test')[kind % 2]} basis, intensity {kind // 2 + 1},"
+        yield from _coins(bit[2 * intensity + basis == kind], f"{name} are ones")
+    yield from _series(bit, "bits")
+    yield from _series(bit[basis == 0], "bits of the key basis")
+    for length in PATTERNS:
+        place = (pulse[:FOLDED] % length).astype(np.uint16)
+        folded = bit[np.argsort(place, kind="stable")]
+        what = (
+            f"bits differ from the last one with the same place in a pattern of {length:,} pulses"
+        )
+        yield from _coins(folded[1:] != folded[:-1], what)
+
+
+def _series(bit: Bits, name: str, bias: float = 0.0) -> Iterator[str]:
+    """Faults of bits in the order of time; their share of ones is within ``bias`` of half."""
+    yield from _coins(bit, f"{name} are ones", bias)
+    for lag in range(1, min(LAGS, len(bit) - 1) + 1):
+        what = f"{name} differ from the one {lag} before"
+        yield from _coins(bit[lag:] != bit[:-lag], what, bias)
+    windows = len(bit) // WINDOW
+    if windows:
+        ones = bit[: windows * WINDOW].reshape(windows, WINDOW).sum(axis=1)
+        for extreme in (int(ones.min()), int(ones.max())):
+            if _beyond(extreme, WINDOW, SHARE / windows, bias):
+                yield f"{extreme:,} of {WINDOW:,} {name} in a row are ones"
+    entropy = -math.log2(0.5 + bias)
+    if len(bit) and entropy > 0.0:
+        cutoff = 1 + math.ceil(math.log2(len(bit) / SHARE) / entropy)
+        if _has_run(bit[1:] == bit[:-1], cutoff - 1):
+            yield f"{cutoff:,} {name} in a row are the same"
+
+
+def _coins(
+    flips: NDArray[np.uint8] | NDArray[np.bool_], what: str, bias: float = 0.0
+) -> Iterator[str]:
+    heads = int(np.count_nonzero(flips))
+    if _beyond(heads, len(flips), SHARE, bias):
+        yield f"{heads:,} of {len(flips):,} {what}"
+
+
+def _beyond(heads: int, total: int, failure: float, bias: float) -> bool:
+    """Whether coins that show heads with a probability within ``bias`` of half rarely do this."""
+    return (
+        mean_lower(heads, total, failure) > (0.5 + bias) * total
+        or mean_upper(heads, total, failure) < (0.5 - bias) * total
+    )
+
+
+def _has_run(true: NDArray[np.bool_], length: int) -> bool:
+    """Whether so many in a row are true."""
+    done = 1
+    while done < length and len(true):
+        step = min(done, length - done)
+        true, done = true[step:] & true[:-step], done + step
+    return bool(true.any())

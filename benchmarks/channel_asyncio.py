@@ -5,17 +5,21 @@ Both ends are protocols in one process, in one thread that never idles.
 
 import asyncio
 import os
+import sys
 import time
 import tracemalloc
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from benchmarks.processes import has
 from benchmarks.results import OURS, Options, Row, in_turns
-from hybridkex import ClientConfig, ServerConfig
+from hybridkex import X25519MLKEM768, ClientConfig, ServerConfig
 from hybridkex.aio import create_connection, create_server
+from hybridkex.crypto.kex_oqs import via_oqs
+from hybridkex.errors import ProviderMissing
 
 __all__ = ["Kind", "run"]
 
@@ -190,6 +194,16 @@ def on_loop(loop: str, work: Callable[[Kind], Awaitable[float]], kind: Kind) -> 
         return runner.run(work(kind))  # type: ignore[arg-type]
 
 
+def with_liboqs(kind: Kind) -> Iterator[Kind]:
+    """The same settings with the ML-KEM of liboqs, or nothing where that is not installed."""
+    try:
+        groups = (via_oqs(X25519MLKEM768),)
+    except ProviderMissing as missing:
+        print(f"liboqs is missing, and its figures are left out: {missing}", file=sys.stderr)
+    else:
+        yield replace(kind[0], groups=groups), replace(kind[1], groups=groups)
+
+
 def run(options: Options, ours: Kind, theirs: Kind) -> Iterator[Row]:
     """Measure with our settings and with those of the loop's own TLS."""
     total, few = options.size(48 << 20, 1 << 20), options.size(50, 3)
@@ -211,11 +225,18 @@ def run(options: Options, ours: Kind, theirs: Kind) -> Iterator[Row]:
         ),
         ("idle connection", "bytes", partial(idle_connection, count=few), {}),
     ]
+    kinds = [(*work, ours) for work in works]
+    kinds += [
+        (f"{name}, ML-KEM of liboqs", unit, work, goals, kind)
+        for kind in with_liboqs(ours)
+        for name, unit, work, goals in works
+        if work.func is handshakes
+    ]
     for loop in ("asyncio", "uvloop"):
         if loop == "uvloop" and not has(loop):
             continue
-        for name, unit, work, goals in works:
-            kinds = {OURS: ours, f"{loop}'s TLS": theirs}
-            tools = {tool: partial(on_loop, loop, work, kind) for tool, kind in kinds.items()}
+        for name, unit, work, goals, kind in kinds:
+            pair = {OURS: kind, f"{loop}'s TLS": theirs}
+            tools = {tool: partial(on_loop, loop, work, kind) for tool, kind in pair.items()}
             rounds = 1 if unit == "bytes" else options.rounds
             yield Row(f"{loop}: {name}", unit, in_turns(rounds, tools), goals.get(loop))

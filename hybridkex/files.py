@@ -403,8 +403,9 @@ def open_private(path: str | Path, *, append: bool = False) -> BinaryIO:
         raise
 
 
-def create_private(path: str | Path) -> None:
-    """Make sure that a file exists; a new one is private, another is left as it is.
+def create_private(path: str | Path) -> Path:
+    """Make sure that a file exists, and return its path without a symbolic link at its end. A new
+    file is private; another is left as it is.
 
     Raises ``PermissionError`` for what another user may have put there.
     """
@@ -412,6 +413,7 @@ def create_private(path: str | Path) -> None:
     with contextlib.suppress(FileExistsError):
         create_file(path, b"")
     check_own(path)
+    return path
 
 
 def make_private(path: str | Path) -> None:
@@ -420,8 +422,7 @@ def make_private(path: str | Path) -> None:
 
     Raises ``PermissionError`` for what another user may have put there.
     """
-    create_private(path)
-    path = Path(_followed(path))
+    path = create_private(path)
     status = os.lstat(path)
     wanted = _tightened(status) if stat.S_ISREG(status.st_mode) else None
     if wanted is not None:

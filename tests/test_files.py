@@ -443,8 +443,10 @@ def test_what_is_no_key_pool_stays_as_it_is(
     if name == "text":
         path.write_text("a file of another program\n" * 100)
         path.chmod(0o644)
+        tmp_path.chmod(0o777)
     key_file = tmp_path / "key"
     write_key_file(key_file)
+    there = sorted(tmp_path.iterdir())
     for names in (None, PoolNames(sae="a", kme="A", peer_sae="b", peer_kme="B")):
         if names is not None and name == "empty":
             break  # a process that was killed may have left it
@@ -452,6 +454,7 @@ def test_what_is_no_key_pool_stays_as_it_is(
         with pytest.raises(ConfigError, match=path.name):
             FilePool.open(path, key_file=key_file, names=names)
         assert (path.lstat().st_size, path.lstat().st_mode) == (before.st_size, before.st_mode)
+        assert sorted(tmp_path.iterdir()) == there
 
 
 @pytest.mark.parametrize("write", [opened, appended, write_file])

@@ -1,5 +1,7 @@
 """SQLite database files that one process uses alone."""
 
+import contextlib
+import os
 import sqlite3
 import stat
 from pathlib import Path
@@ -71,6 +73,8 @@ def open_locked(path: Path, *, what: str = "key store", create: bool = True) -> 
                 f"the {what} {path} is in use by another process, and only one may use it: end "
                 "that process, or give this one a store of its own"
             ) from None
+        if error.sqlite_errorcode == sqlite3.SQLITE_NOTADB:
+            _remove_empty(f"{real}{_LOG}")  # _checked may have created it
         raise ConfigError(f"cannot use the {what} {path}: {error}") from error
     return db
 
@@ -100,6 +104,12 @@ def _checked(path: Path, what: str, *, create: bool) -> Path:
     if found.st_size and is_shared(real):
         make_private(f"{real}{_LOG}")  # before another user makes one
     return real
+
+
+def _remove_empty(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        if not os.path.getsize(path):
+            os.unlink(path)
 
 
 def use_log(db: sqlite3.Connection, path: Path) -> None:

@@ -31,7 +31,7 @@ from hybridkex.anyio import HybridkexAttribute, SecureByteStream
 from hybridkex.errors import ConfigError
 from hybridkex.tls.config import ClientConfig, check_config
 
-__all__ = ["SecureBackend", "SecureTransport"]
+__all__ = ["SecureBackend", "SecureTransport", "pool_options"]
 
 
 class SecureTransport(httpx.AsyncHTTPTransport):
@@ -50,16 +50,12 @@ class SecureTransport(httpx.AsyncHTTPTransport):
     """
 
     def __init__(self, config: ClientConfig, *, limits: httpx.Limits | None = None) -> None:
-        backend = SecureBackend(config)
         limits = limits or httpx.Limits(
             max_connections=100, max_keepalive_connections=20, keepalive_expiry=5.0
         )
         # httpx offers no argument for the network backend of httpcore's pool.
         self._pool = _Pool(
-            network_backend=backend,
-            # Not used; but without one, httpcore loads all authorities for each connection.
-            ssl_context=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
-            http2="h2" in config.alpn,
+            **pool_options(config),
             max_connections=limits.max_connections,
             max_keepalive_connections=limits.max_keepalive_connections,
             keepalive_expiry=limits.keepalive_expiry,
@@ -82,8 +78,27 @@ class _Pool(httpcore.AsyncConnectionPool):
         return lost + super()._assign_requests_to_connections()
 
 
+def pool_options(config: ClientConfig) -> dict[str, Any]:
+    """What makes hybridkex the TLS of a pool of httpcore, such as of one behind a proxy::
+
+        httpcore.AsyncHTTPProxy(proxy_url=url, **pool_options(config))
+
+    Args:
+        config: the configuration of every connection; ``alpn=("h2", "http/1.1")`` for HTTP/2.
+
+    Raises:
+        ConfigError: ``config`` is not a ``ClientConfig``.
+    """
+    return {
+        "network_backend": SecureBackend(config),
+        # Not used; but without one, httpcore loads all authorities for each connection.
+        "ssl_context": ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
+        "http2": "h2" in config.alpn,
+    }
+
+
 class SecureBackend(httpcore.AsyncNetworkBackend):
-    """A network backend for ``httpcore.AsyncConnectionPool`` whose TLS is hybridkex.
+    """A network backend for httpcore whose TLS is hybridkex; see :func:`pool_options`.
 
     Args:
         config: the configuration of every connection, ``alpn`` included.
@@ -152,7 +167,7 @@ class _Stream(httpcore.AsyncNetworkStream):
                 return b""
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        if not buffer:
+        if buffer == b"":
             return
         with _errors(httpcore.WriteTimeout, httpcore.WriteError), anyio.fail_after(timeout):
             await self._stream.send(buffer)

@@ -20,7 +20,7 @@ from hypercorn.utils import wrap_app
 
 from hybridkex.aio.connect import listen
 from hybridkex.aio.places import Places
-from hybridkex.aio.streams import StreamProtocol
+from hybridkex.aio.streams import stream_protocol
 from hybridkex.aio.transport import SecureTransport, time_limits
 from hybridkex.net.event_loop import begun, shielded
 from hybridkex.tls.config import ServerConfig, check_config
@@ -74,7 +74,7 @@ async def serve(
     served, tasks = set[asyncio.BaseTransport](), set[asyncio.Task[Any]]()
 
     def accept() -> asyncio.BaseProtocol:
-        protocol = StreamProtocol(asyncio.StreamReader(loop=loop), connected, loop=loop)
+        _, protocol = stream_protocol(connected)
         limit = settings.ssl_handshake_timeout
         transport = _Transport(protocol, config, ssl_handshake_timeout=limit, places=places)
         transport.register_in(transports)

@@ -78,6 +78,10 @@ _CLOSED: Final = _State.CLOSED
 _FAULTS: Final = (Exception, asyncio.CancelledError)
 
 
+_NAMES: Final = ("peername", "sockname", "socket")
+"""What ``get_extra_info`` of the transport below is asked at the beginning: on uvloop, a closed
+transport may raise AttributeError or ValueError instead."""
+
 _ABORTED: Final = connection_error(LocalStateError("the connection was aborted"))
 """Stands for the failure of a connection that the application has aborted; it is never raised."""
 
@@ -144,6 +148,7 @@ class Lifecycle:
         self._announced = announced
         self._ready = ready
         self._keeping: set[asyncio.Task[None]] = set()
+        self._names: dict[str, Any] = {}
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         self.protocol = protocol
@@ -158,6 +163,7 @@ class Lifecycle:
     def attach(self, raw: asyncio.Transport) -> None:
         """Start the handshake over a connected transport, which this one owns from now on."""
         self.raw = raw
+        self._names = {name: raw.get_extra_info(name) for name in _NAMES}
         if self.register is not None:
             self.register.add(self._transport)
         if self.handshake is None or self.failure is not None:  # aborted before it was connected
@@ -226,9 +232,19 @@ class Lifecycle:
     def send_output(self) -> None:
         """Send what the engine has queued."""
         if self.engine.has_data_to_send:
-            records = self.engine.data_to_send()
-            if self.raw is not None and not self.raw.is_closing():  # else connection_lost follows
-                self.raw.write(records)
+            self.hand_over(self.engine.data_to_send())
+
+    def hand_over(self, records: bytes | bytearray) -> bool:
+        """Write to the transport below. Returns whether it has taken the data; if it has not,
+        ``connection_lost`` follows."""
+        raw = self.raw
+        if raw is None or raw.is_closing():
+            return False
+        try:
+            raw.write(records)
+        except RuntimeError as error:
+            self.abort(connection_error(LocalStateError(f"the plain transport refused: {error}")))
+        return not raw.is_closing()
 
     # --- the end ------------------------------------------------------------------------------
 
@@ -379,10 +395,17 @@ class Lifecycle:
         elif ready is None:
             _LINES.log(logging.WARNING, "%s: %s", self._peer, failure)
 
+    def get_extra_info(self, name: str, default: Any) -> Any:
+        """``get_extra_info`` of the transport below, also once it is closed."""
+        if name in self._names or self.raw is None:
+            found = self._names.get(name)
+            return default if found is None else found
+        return self.raw.get_extra_info(name, default)
+
     @property
     def _peer(self) -> str:
         """The peer's address, for the log."""
-        address = None if self.raw is None else self.raw.get_extra_info("peername")
+        address = self.get_extra_info("peername", None)
         return f"{address[0]}:{address[1]}" if isinstance(address, tuple) else "a local peer"
 
 
@@ -466,7 +489,7 @@ class Handshake:
             self._answers_failed(error)
             return
         self._life.send_output()
-        if engine.handshake_complete:
+        if engine.handshake_complete and self._life.failure is None:
             self.stop()
             self._life.open()
 
@@ -893,21 +916,14 @@ class WritingHalf:
                     life.fail(error)
                     return
                 records = self._engine.data_to_send()
-            self._hand_over(records)
+            if not life.hand_over(records):
+                self._not_taken = True
         if self.outgoing:
             self._pump_soon()
         elif self.end_due:
             self._send_end()
         if self.paused:
             self.check_marks()
-
-    def _hand_over(self, records: bytes | bytearray) -> None:
-        """Write to the transport below, if it takes anything."""
-        raw = self._life.raw
-        if raw is not None and not raw.is_closing():
-            raw.write(records)
-        if raw is None or raw.is_closing():  # already, or by this write: connection_lost follows
-            self._not_taken = True
 
     def _next_batch(self) -> bytes | memoryview:
         """Remove the data of one batch from the queue; short pieces are joined, long ones cut."""

@@ -174,8 +174,8 @@ async def start_tls(
         ssl_shutdown_timeout: seconds from ``close`` until the peer's close_notify; 30 by default.
 
     Raises:
-        SecureConnectionError: the transport is closed or secured already, or the handshake failed;
-            ``__cause__`` is the reason.
+        SecureConnectionError: the transport is closed or secured already, its sending direction is
+            closed (``write_eof``), or the handshake failed; ``__cause__`` is the reason.
         ConfigError: ``config`` is not a configuration, or a server is given a ``server_hostname``.
         TypeError: ``transport`` is no transport.
         ValueError: a time limit is not positive.

@@ -57,6 +57,20 @@ class StreamProtocol(asyncio.StreamReaderProtocol):
 Connected = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None] | None]
 
 
+def stream_protocol(
+    connected: Connected | None = None, *, limit: int = DEFAULT_LIMIT
+) -> tuple[asyncio.StreamReader, StreamProtocol]:
+    """The reader of a connection, and the protocol that feeds it.
+
+    Args:
+        connected: called with reader and writer after the handshake.
+        limit: see ``asyncio.open_connection``.
+    """
+    loop = asyncio.get_running_loop()
+    reader = _Reader(limit=limit, loop=loop)
+    return reader, StreamProtocol(reader, connected, loop=loop)
+
+
 async def open_connection(
     host: str | None,
     port: int | None,
@@ -80,16 +94,9 @@ async def open_connection(
         SecureConnectionError: the handshake failed; ``__cause__`` is the reason.
         ConfigError: ``config`` is not a ``ClientConfig``.
     """
-    loop = asyncio.get_running_loop()
-    reader = _Reader(limit=limit, loop=loop)
-    transport, protocol = await create_connection(
-        lambda: StreamProtocol(reader, loop=loop),
-        host,
-        port,
-        config,
-        **options,
-    )
-    return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
+    reader, protocol = stream_protocol(limit=limit)
+    transport, _ = await create_connection(lambda: protocol, host, port, config, **options)
+    return reader, asyncio.StreamWriter(transport, protocol, reader, asyncio.get_running_loop())
 
 
 async def start_server(
@@ -116,11 +123,9 @@ async def start_server(
         OSError: the server cannot listen there.
         ConfigError: ``config`` is not a ``ServerConfig``.
     """
-    loop = asyncio.get_running_loop()
 
     def factory() -> StreamProtocol:
-        reader = _Reader(limit=limit, loop=loop)
-        return StreamProtocol(reader, client_connected_cb, loop=loop)
+        return stream_protocol(client_connected_cb, limit=limit)[1]
 
     return await create_server(factory, host, port, config, **options)
 
@@ -150,7 +155,6 @@ async def upgrade(
             sent them (CVE-2011-0411, CVE-2021-23222), so the connection is aborted.
         SecureConnectionError: the handshake failed; ``__cause__`` is the reason.
     """
-    loop = asyncio.get_running_loop()
     await writer.drain()
     plain = cast(asyncio.Transport, writer.transport)
     check_plain(plain)
@@ -160,11 +164,11 @@ async def upgrade(
         raise LocalStateError(
             "data came ahead of the TLS handshake, perhaps from an attacker: connection aborted"
         )
-    secure_reader = _Reader(limit=limit, loop=loop)
-    protocol = StreamProtocol(secure_reader, loop=loop)
+    secure_reader, protocol = stream_protocol(limit=limit)
     protocol.takes_over(writer, plain.get_protocol())
     transport = await start_tls(plain, protocol, config, **options)
     protocol.connection_made(transport)
+    loop = asyncio.get_running_loop()
     return secure_reader, asyncio.StreamWriter(transport, protocol, secure_reader, loop)
 
 

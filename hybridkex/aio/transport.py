@@ -174,7 +174,7 @@ class SecureTransport(transports._FlowControlMixin):
                 return cipher_of(life.session)
             if name == "peercert":
                 return peercert_of(life.session)
-        return default if life.raw is None else life.raw.get_extra_info(name, default)
+        return life.get_extra_info(name, default)
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         """Replace the application's protocol."""

@@ -387,9 +387,10 @@ class SecureDuplex:
 
         Under a one-time pad this waits for QKD keys where too few are there.
         """
+        view = memoryview(data)
+        view = view.cast("B") if view.nbytes else memoryview(b"")
         with self._sending:
             await self._begin_to_send()
-            view = memoryview(data).cast("B") if data else memoryview(b"")
             if not view:
                 await self._lib.lowlevel.checkpoint()
                 return

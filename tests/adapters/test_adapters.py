@@ -38,7 +38,7 @@ from hybridkex import (
     ServerConfig,
     TrustStore,
 )
-from hybridkex.adapters.httpx import SecureBackend, SecureTransport
+from hybridkex.adapters.httpx import SecureBackend, SecureTransport, pool_options
 from hybridkex.adapters.hypercorn import serve
 from hybridkex.adapters.uvicorn import secure_http
 from hybridkex.aio import SecureProtocolError, open_connection, start_server
@@ -592,7 +592,7 @@ def test_httpcore_through_a_proxy() -> None:
 
         async with on_uvicorn() as port, at_server(proxy) as address:
             async with httpcore.AsyncHTTPProxy(
-                proxy_url=address, network_backend=SecureBackend(client_config())
+                proxy_url=address, **pool_options(client_config())
             ) as pool:
                 answer = await pool.request("GET", f"https://localhost:{port}/")
             assert answer.content == b"GET https 1.1 0"
@@ -692,3 +692,57 @@ def test_requests_that_are_cancelled_in_a_queue() -> None:
         await asyncio.sleep(0)
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("wrong", [None, 0, 5, "", "text", [], {}], ids=repr)
+def test_what_httpx_sends_is_bytes(wrong: Any) -> None:
+    async def main() -> None:
+        async with on_uvicorn() as port:
+            backend = SecureBackend(client_config())
+            plain = await backend.connect_tcp("127.0.0.1", port)
+            stream = await plain.start_tls(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), "localhost")
+            with pytest.raises(TypeError):
+                await stream.write(wrong)
+            await stream.write(b"")
+            await stream.aclose()
+
+    asyncio.run(main())
+
+
+def test_a_request_that_came_whole_before_a_reset(monkeypatch: pytest.MonkeyPatch) -> None:
+    """hypercorn reads it, also where data of its own could not be sent."""
+    got: list[bytes] = []
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        port, served = loop.create_future(), loop.create_future()
+
+        async def take(*arguments: Any) -> None:
+            reader, writer = arguments[-2:]
+            writer.write(bytes(16 << 20))  # more than the socket buffers take
+            life = writer.transport._life
+            served.set_result(life)
+            await asyncio_until(lambda: life.state.name == "CLOSED")
+            got.append(await reader.read())
+
+        monkeypatch.setattr("hybridkex.adapters.hypercorn.TCPServer", take)
+        running = loop.create_task(
+            serve(app, 0, server_config(), host="127.0.0.1", started=port.set_result)
+        )
+        _, writer = await open_connection("localhost", await port, client_config())
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        life = await served
+        await asyncio_until(lambda: life.writing._below_full)
+        writer.write(b"request")
+        writer.write_eof()
+        await asyncio_until(lambda: life.engine.close_received)
+        linger = struct.pack("ii", 1, 0)
+        own = writer.get_extra_info("socket")
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        writer.transport.abort()
+        await asyncio_until(lambda: bool(got))
+        running.cancel()
+        await asyncio.wait((running,))
+
+    asyncio.run(main())
+    assert got == [b"request"]

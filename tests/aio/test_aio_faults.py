@@ -17,11 +17,12 @@ import time
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from aio_glue import Losing, Run, closed, connect, echo, plain_server, serving
+from aio_glue import Losing, Run, closed, connect, echo, hello_of, plain_server, serving
 from waiting import asyncio_until
 
 from hybridkex import (
@@ -34,6 +35,7 @@ from hybridkex import (
     ServerConfig,
 )
 from hybridkex.aio import (
+    SecureConnectionAborted,
     SecureConnectionError,
     SecureTransport,
     create_connection,
@@ -52,6 +54,7 @@ from hybridkex.errors import (
 )
 from hybridkex.qkd.in_process import in_process_pair
 from hybridkex.shell import pad_filler
+from hybridkex.shell.ticket_file import FileTicketStore
 from hybridkex.tls.session import Session
 
 CALLBACKS = ("connection_made", "data_received", "eof_received", "get_buffer", "buffer_updated")
@@ -376,6 +379,91 @@ def test_an_upgrade_of_a_closed_connection(run: Run, client_config: ClientConfig
                 await start_tls(
                     writer.transport, asyncio.Protocol(), client_config, server_hostname="localhost"
                 )
+
+    run(main())
+
+
+@pytest.mark.parametrize("role", ["client", "client with a ticket file", "server"])
+def test_an_upgrade_of_a_connection_whose_sending_direction_is_closed(
+    run: Run,
+    client_config: ClientConfig,
+    server_config: ServerConfig,
+    role: str,
+    tmp_path: Path,
+) -> None:
+    """Where the transport takes no data, at once or later, the caller and the protocol learn it."""
+    lost, name = Losing(), {"server_hostname": "localhost"}
+    config: Any = client_config
+    if role == "server":
+        config, name = server_config, {}
+    elif "file" in role:
+        config = replace(client_config, ticket_store=FileTicketStore(tmp_path / "tickets"))
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        if role == "server":
+            writer.write(hello_of(client_config))
+        await reader.read()
+        await closed(writer)
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        async with plain_server(talk) as port:
+            plain, _ = await loop.create_connection(asyncio.Protocol, "127.0.0.1", port)
+            plain.write_eof()
+            with pytest.raises(SecureConnectionAborted, match=r"write_eof\(\)") as caught:
+                await start_tls(plain, lost, config, **name)
+            assert isinstance(caught.value.__cause__, LocalStateError)
+            await asyncio_until(lambda: bool(lost.lost))
+            assert lost.lost == [caught.value]
+
+    run(main())
+
+
+@pytest.mark.parametrize("family", ["TCP", "Unix"])
+@pytest.mark.parametrize("end", ["abort", "close", "reset"])
+def test_names_after_the_end(
+    run: Run,
+    client_config: ClientConfig,
+    server_config: ServerConfig,
+    family: str,
+    end: str,
+    tmp_path: Path,
+) -> None:
+    """``get_extra_info`` answers as before, also where nobody has asked before."""
+    names = ("peername", "sockname", "socket", "cipher", "hybridkex_session", "pipe", "none")
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        if family == "TCP":
+            with socket.create_server(("127.0.0.1", 0)) as listening:
+                one = socket.create_connection(listening.getsockname())
+                other, _ = listening.accept()
+        else:
+            one, other = socket.socketpair()
+        for each in (one, other):
+            each.setblocking(False)
+        expected = [(each.getpeername(), each.getsockname()) for each in (one, other)]
+        inner = SecureTransport(asyncio.Protocol(), server_config)
+        await loop.connect_accepted_socket(lambda: inner.receiver, other)
+        outer, _ = await create_connection(
+            asyncio.Protocol, None, None, client_config, server_hostname="localhost", sock=one
+        )
+        both = (outer, inner)
+        await asyncio_until(lambda: inner._life.session is not None)
+        if end == "reset" and family == "TCP":
+            linger = struct.pack("ii", 1, 0)
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        outer.close() if end == "close" else outer.abort()
+
+        await asyncio_until(lambda: all(each._life.state.name == "CLOSED" for each in both))
+        found = [[each.get_extra_info(name) for name in names] for each in both]
+        assert [(peer, own) for peer, own, *_ in found] == expected
+        assert all(None not in answers[:5] for answers in found)
+        assert all(answers[5:] == [None, None] for answers in found)
+        assert all(each.get_extra_info("none", 5) == 5 for each in both)
+        for each in (one, other):
+            each.close()
 
     run(main())
 

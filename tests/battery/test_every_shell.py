@@ -279,3 +279,25 @@ def behind(error: BaseException) -> list[BaseException]:
         left += one.exceptions if isinstance(one, BaseExceptionGroup) else ()
         left += [more for more in (one.__cause__, one.__context__) if more is not None]
     return found
+
+
+WRONG: tuple[Any, ...] = (None, 0, 5, 0.0, False, "", "text", [], [1], (), {}, object())
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda one: type(one).__name__ + str(bool(one)))
+def test_what_is_no_bytes_is_refused(shell: Any, talk: Any, wrong: Any) -> None:
+    """At once, and the connection goes on."""
+    if shell.name == "piped":
+        pytest.skip("the program writes to a socket")
+
+    async def conversation(client: Any, server: Any) -> None:
+        for end in (client, server):
+            with pytest.raises(TypeError):
+                await end.send(wrong)
+        for empty in (b"", bytearray(), memoryview(b"")):
+            await client.send(empty)
+        for data in (b"bytes", bytearray(b"bytes"), memoryview(b"bytes")):
+            await client.send(data)
+            assert await server.receive_exactly(5) == b"bytes"
+
+    talk(conversation)

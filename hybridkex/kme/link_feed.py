@@ -99,15 +99,15 @@ class _Troubles:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._log = self._new_log()
+        self._begin()
 
-    @staticmethod
-    def _new_log() -> BoundedLog:
-        return BoundedLog(LOG, rate=1 / 60, burst=5)
+    def _begin(self) -> None:
+        self._log = BoundedLog(LOG, rate=1 / 60, burst=5)
+        self._stopped = BoundedLog(LOG, rate=1 / 60, burst=1)  # the same line each time
 
     def over(self) -> None:
         self._log.flush()
-        self._log = self._new_log()
+        self._begin()
 
     def log(self, level: int, message: str, *args: object) -> bool:
         """Log this, unless there were many lines of the level since the last block.
@@ -128,7 +128,7 @@ class _Troubles:
         """
         pause = LONG_PAUSE
         if isinstance(error, LedgerDry | LedgerLost):
-            self.log(logging.ERROR, "%s", error)  # it says all
+            self._stopped.log(logging.ERROR, "%s: %s", self._name, error)  # it says all
         elif isinstance(error, _EXPECTED):
             why = str(error) if isinstance(error, LinkError) else refusal(error) or broken(error)
             self.log(logging.WARNING, "%s; a new session begins", why)

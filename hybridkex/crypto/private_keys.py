@@ -12,7 +12,7 @@ import re
 from typing import Annotated, Any, Final
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.exceptions import InternalError, UnsupportedAlgorithm
 from cryptography.hazmat import asn1
 from cryptography.hazmat.primitives.asymmetric import mldsa
 from cryptography.hazmat.primitives.serialization import (
@@ -32,6 +32,9 @@ _LABELS: Final = (
     "EC PRIVATE KEY",
     "DSA PRIVATE KEY",
 )
+
+_REFUSALS: Final = (TypeError, ValueError, UnsupportedAlgorithm, InternalError)
+"""What `cryptography` raises for a key; the last one for Ed25519 keys of a wrong length."""
 
 _BLOCK: Final = re.compile(rb"-----BEGIN PRIVATE KEY-----(.*?)-----END PRIVATE KEY-----", re.DOTALL)
 
@@ -92,7 +95,7 @@ def load_private_key(pem: bytes, password: bytes | None, name: str) -> Any:
         raise ConfigError(f"{name} is not encrypted, and a password was given")
     try:
         return load_pem_private_key(pem, password)
-    except (TypeError, ValueError, UnsupportedAlgorithm):
+    except _REFUSALS:
         pass  # Outside of this handler, so that no error carries the library's as its context.
     key = _key_with_public(pem, name) or _mldsa_key(pem, name) or _mislabelled_key(pem)
     if key is not None:
@@ -128,7 +131,7 @@ def _mislabelled_key(pem: bytes) -> Any:
         return None
     try:
         return load_der_private_key(block.der(), None)
-    except (TypeError, ValueError, UnsupportedAlgorithm):
+    except _REFUSALS:
         return None
 
 
@@ -155,7 +158,7 @@ def _key_with_public(pem: bytes, name: str) -> Any:
     try:
         key: Any = load_der_private_key(asn1.encode_der(alone), None)
         spki = key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    except (TypeError, ValueError, UnsupportedAlgorithm):
+    except _REFUSALS:
         return None
     if not spki.endswith(b"\0" + info.public.as_bytes()):
         raise ConfigError(f"{name} holds a private key and the public key of another one")

@@ -108,6 +108,18 @@ def test_no_certificate_is_left_out(broken: bytes) -> None:
             certificates_from_pem(data)
 
 
+@pytest.mark.parametrize("last", [110, 111, 112, 113])
+def test_a_key_of_a_wrong_length_is_refused(last: int) -> None:
+    """X25519, X448, Ed25519 and Ed448; `cryptography` has another error for some lengths."""
+    for length in (0, 16, 17, 31, 33, 57, 64, 90):
+        inner = b"\x04" + bytes([length]) + bytes(length)
+        body = b"\2\1\0" + bytes([0x30, 5, 6, 3, 43, 101, last, 4, len(inner)]) + inner
+        for label in ("PRIVATE KEY", "EC PRIVATE KEY"):
+            if (last, length) != (113, 57):
+                with pytest.raises(ConfigError, match="its content is malformed"):
+                    load_private_key(block(label, b"\x30" + bytes([len(body)]) + body), None, "x")
+
+
 FORMS: dict[str, Callable[[bytes], bytes]] = {
     "CRLF": lambda data: data.replace(b"\n", b"\r\n"),
     "CR": lambda data: data.replace(b"\n", b"\r"),

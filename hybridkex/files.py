@@ -10,7 +10,6 @@ that a peer sends, whose mode the transfer decides. The mode does not depend on 
 functions that write raise ``OSError`` with the path that they were given as its ``filename``.
 """
 
-import codecs
 import contextlib
 import errno
 import os
@@ -118,12 +117,38 @@ def read_utf8(path: str | os.PathLike[str], **options: Any) -> str:
     """Read a text in UTF-8, with the mark at its start or without it. For options and errors, see
     :func:`read_file`."""
     data = read_file(path, **options)
+    zeros = b"\0" in data  # each line end of UTF-16 and UTF-32 has some, and no line of UTF-8
+    with contextlib.suppress(UnicodeDecodeError):
+        text = data.decode("utf-8-sig")
+        if not zeros:
+            return text
+    what = "text in UTF-16 or UTF-32, or damaged" if zeros else "not text in UTF-8"
+    raise ConfigError(f"cannot read {_shown(path)}: it is {what}; save it as UTF-8")
+
+
+@contextlib.contextmanager
+def parsing(path: Path, what: str, *, hint: str = "") -> Iterator[None]:
+    """Within the block a library parses the content of a file.
+
+    Whatever it raises for a damaged file, or for one in another format, becomes a ``ConfigError``
+    that names the file: the classes of the libraries' errors are many and not documented. The
+    messages of a ``ConfigError`` raised here need not name it.
+
+    Args:
+        path: of the file.
+        what: what it should be: ``a scan``.
+        hint: the end of the message.
+    """
     try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        in_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        what = "text in UTF-16" if in_16 else "not text in UTF-8"
-        raise ConfigError(f"cannot read {_shown(path)}: it is {what}; save it as UTF-8") from None
+        yield
+    except (ImportError, MemoryError):
+        raise
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from None
+    except Exception as error:
+        raise ConfigError(f"{path}: not {what}: {error}{hint}") from None
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:

@@ -170,13 +170,16 @@ def test_integers_of_toml(tmp_path: Path) -> None:
                     read(file)
 
 
+WIDE = [f"utf-{bits}{order}" for bits in (16, 32) for order in ("", "-le", "-be")]
+
+
 def test_texts_as_other_systems_save_them(tmp_path: Path) -> None:
     file = tmp_path / "x.toml"
     for encoding in ("utf-8", "utf-8-sig"):
         file.write_text('name = "Zürich"\r\n', encoding=encoding, newline="")
         assert read_toml(file) == {"name": "Zürich"}
     for encoding, words in (
-        ("utf-16", "text in UTF-16; save it as UTF-8"),
+        *((name, "text in UTF-16 or UTF-32, or damaged; save it as UTF-8") for name in WIDE),
         ("latin-1", "not text in UTF-8; save it as UTF-8"),
     ):
         file.write_text('name = "Zürich"\n', encoding=encoding)

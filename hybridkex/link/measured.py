@@ -18,7 +18,8 @@ no time and no rate, and the rate of detections cannot be checked.
 
 Rows with different bases are allowed and are sifted out. Row ``i`` of both files is the same
 detection. An ``.npz`` file (numpy, no pickles) has these arrays and ``settings``, a string of JSON;
-a ``.parquet`` file has the columns, and the JSON as the value ``hybridkex`` of its metadata::
+a ``.parquet`` file has the columns, and the JSON as the value ``hybridkex`` of its metadata, with
+its SHA-256 in hexadecimal digits as ``hybridkex_sha256``, which may be left out::
 
     {"source": {"intensities": [0.5, 0.2], "probabilities": [0.7, 0.3],
                 "key_basis_probability": 0.9},
@@ -30,12 +31,11 @@ that is left out has the default of :class:`~hybridkex.link.physics.Channel`: a 
 example.
 """
 
+import hashlib
 import io
 import json
 import math
-import struct
 import zipfile
-import zlib
 from collections.abc import Collection, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import partial
@@ -47,7 +47,7 @@ import trio
 from numpy.typing import NDArray
 
 from hybridkex.errors import ConfigError, LinkError
-from hybridkex.files import read_file, write_file
+from hybridkex.files import parsing, read_file, write_file
 from hybridkex.json_text import load_json
 from hybridkex.link.authentication import Signatures
 from hybridkex.link.finite_key import Security
@@ -71,18 +71,9 @@ MOST_SETTINGS: Final = 1 << 20
 LONGEST_HEADER: Final = 4096
 """Bytes at the beginning of an array in an archive, up to its data; numpy writes 128."""
 PARTS: Final = ("source", "channel", "security")
-UNREADABLE: Final = (
-    zipfile.BadZipFile,
-    ValueError,
-    KeyError,
-    EOFError,
-    OverflowError,
-    RuntimeError,  # encrypted
-    struct.error,
-    zlib.error,
-)
-"""Exceptions that the libraries raise for a damaged file, or one in another format."""
 PARQUET_KEY: Final = b"hybridkex"
+PARQUET_DIGEST: Final = b"hybridkex_sha256"
+"""Parquet has checksums of its pages, but none of its metadata."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -394,10 +385,12 @@ def write_measured(path: Path | str, measured: Measured, preset: Preset) -> None
     if kind == ".npz":
         np.savez_compressed(content, **arrays, settings=np.array(_described(preset)))
     else:
-        _, parquet, arrow = _pyarrow()
-        table = arrow.table(arrays)
-        table = table.replace_schema_metadata({PARQUET_KEY: _described(preset).encode()})
-        parquet.write_table(table, content, write_page_checksum=True)
+        import pyarrow.parquet  # noqa: PLC0415  # an extra
+
+        table = pyarrow.table(arrays)
+        text = _described(preset).encode()
+        table = table.replace_schema_metadata({PARQUET_KEY: text, PARQUET_DIGEST: _digest(text)})
+        pyarrow.parquet.write_table(table, content, write_page_checksum=True)
     write_file(path, content.getvalue())
 
 
@@ -407,56 +400,46 @@ def read_measured(path: Path | str) -> tuple[Measured, Preset]:
     kind = file_kind(path, "detections", SUFFIXES)
     content = io.BytesIO(read_file(path, limit=16 * MOST_DETECTIONS, pipe=False))
     read = _read_npz if kind == ".npz" else _read_parquet
-    try:
-        found = read(path, content)
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from None
-    settings = found.pop(SETTINGS, None)
-    if settings is None:
-        where = "an array" if kind == ".npz" else "a value of the file's metadata"
-        name = SETTINGS if kind == ".npz" else PARQUET_KEY.decode()
-        raise ConfigError(f"{path}: the settings are missing; add {where} called {name!r}")
-    for name in ("basis", "bit"):
-        if name not in found:
-            raise ConfigError(f"{path}: the array {name!r} is missing")
-    try:
+    with parsing(path, f"{'an .npz' if kind == '.npz' else 'a Parquet'} file of detections"):
+        found = read(content)
+        settings = found.pop(SETTINGS, None)
+        if settings is None:
+            where = "an array" if kind == ".npz" else "a value of the file's metadata"
+            name = SETTINGS if kind == ".npz" else PARQUET_KEY.decode()
+            raise ConfigError(f"the settings are missing; add {where} called {name!r}")
+        for name in ("basis", "bit"):
+            if name not in found:
+                raise ConfigError(f"the array {name!r} is missing")
         measured, chosen = Measured(**found), _preset(settings, path.name)
         _check_intensities(measured, chosen)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
     return measured, chosen
 
 
-def _check_names(path: Path, names: Sequence[str], known: Collection[str]) -> None:
+def _check_names(names: Sequence[str], known: Collection[str]) -> None:
     for name in names:
         if name not in known:
             index = name.startswith("__index_level_")
             raise ConfigError(
-                f"{path}: unknown array {name!r}; detections have {', '.join(known)}"
+                f"unknown array {name!r}; detections have {', '.join(known)}"
                 + ("; in pandas, write the file with index=False" if index else "")
             )
         if names.count(name) > 1:
-            raise ConfigError(f"{path}: there are two arrays {name!r}")
+            raise ConfigError(f"there are two arrays {name!r}")
 
 
-def _read_npz(path: Path, content: io.BytesIO) -> dict[str, Any]:
-    try:
-        with zipfile.ZipFile(content) as archive:
-            members = {one.filename.removesuffix(".npy"): one for one in archive.infolist()}
-            names = [one.filename.removesuffix(".npy") for one in archive.infolist()]
-            _check_names(path, names, (*ARRAYS, SETTINGS))
-            for name, member in members.items():  # before anything is unpacked
-                _check_header(archive, member, name)
-            found: dict[str, Any] = {}
-            for name, member in members.items():
-                with archive.open(member) as file:
-                    found[name] = np.lib.format.read_array(file, allow_pickle=False)
-            if SETTINGS in found:
-                found[SETTINGS] = _text(found[SETTINGS])
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
-    except UNREADABLE as error:
-        raise ConfigError(f"{path}: not an .npz file of detections: {error}") from None
+def _read_npz(content: io.BytesIO) -> dict[str, Any]:
+    with zipfile.ZipFile(content) as archive:
+        members = {one.filename.removesuffix(".npy"): one for one in archive.infolist()}
+        names = [one.filename.removesuffix(".npy") for one in archive.infolist()]
+        _check_names(names, (*ARRAYS, SETTINGS))
+        for name, member in members.items():  # before anything is unpacked
+            _check_header(archive, member, name)
+        found: dict[str, Any] = {}
+        for name, member in members.items():
+            with archive.open(member) as file:
+                found[name] = np.lib.format.read_array(file, allow_pickle=False)
+    if SETTINGS in found:
+        found[SETTINGS] = _text(found[SETTINGS])
     return found
 
 
@@ -493,50 +476,48 @@ def _check_header(archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str) 
         raise ConfigError(f"{name} is cut off: the file has less of it than it announces")
 
 
-def _read_parquet(path: Path, content: io.BytesIO) -> dict[str, Any]:
-    error_type, parquet, arrow = _pyarrow()
-    found: dict[str, Any] = {}
-    try:
-        with parquet.ParquetFile(content, page_checksum_verification=True) as file:
-            groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
-            # These are the rows that are read, whatever the file says that it has of them.
-            rows, schema = sum(one.num_rows for one in groups), file.schema_arrow
-            _check_schema(path, rows, schema, arrow)
-            table = file.read()
-        for name in table.column_names:
-            found[name] = _column(path, table, name)
-    except ConfigError:
-        raise
-    except (error_type, ValueError) as error:
-        raise ConfigError(f"{path}: not a Parquet file of detections: {error}") from None
-    text = (schema.metadata or {}).get(PARQUET_KEY)
+def _read_parquet(content: io.BytesIO) -> dict[str, Any]:
+    import pyarrow.parquet  # noqa: PLC0415  # an extra
+
+    with pyarrow.parquet.ParquetFile(content, page_checksum_verification=True) as file:
+        groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
+        # These are the rows that are read, whatever the file says that it has of them.
+        rows, schema = sum(one.num_rows for one in groups), file.schema_arrow
+        _check_schema(rows, schema)
+        table = file.read()
+    found = {name: _column(table, name) for name in table.column_names}
+    metadata = schema.metadata or {}
+    text = metadata.get(PARQUET_KEY)
     if text is not None:
+        if metadata.get(PARQUET_DIGEST, _digest(text)) != _digest(text):
+            raise ConfigError(
+                "the settings are damaged: their digest differs; if you have changed them, leave "
+                f"out the value {PARQUET_DIGEST.decode()!r}"
+            )
         found[SETTINGS] = text.decode(errors="replace")
     return found
 
 
-def _check_schema(path: Path, rows: int, schema: Any, arrow: Any) -> None:
+def _digest(text: bytes) -> bytes:
+    return hashlib.sha256(text).hexdigest().encode()
+
+
+def _check_schema(rows: int, schema: Any) -> None:
+    from pyarrow import types  # noqa: PLC0415
+
     if rows > MOST_DETECTIONS:
-        raise ConfigError(f"{path}: {rows:,} detections, and at most {MOST_DETECTIONS:,} are taken")
-    _check_names(path, schema.names, ARRAYS)
+        raise ConfigError(f"{rows:,} detections, and at most {MOST_DETECTIONS:,} are taken")
+    _check_names(schema.names, ARRAYS)
     for column in schema:
         kind = column.type
-        if arrow.types.is_dictionary(kind):
+        if types.is_dictionary(kind):
             kind = kind.value_type
-        if not (arrow.types.is_integer(kind) or arrow.types.is_boolean(kind)):
-            raise ConfigError(f"{path}: {column.name} has values of the type {kind}, not integers")
+        if not (types.is_integer(kind) or types.is_boolean(kind)):
+            raise ConfigError(f"{column.name} has values of the type {kind}, not integers")
 
 
-def _column(path: Path, table: Any, name: str) -> NDArray[Any]:
+def _column(table: Any, name: str) -> Any:
     column = table.column(name)
     if column.null_count:
-        raise ConfigError(f"{path}: {name} has rows without a value; leave these rows out")
-    found: NDArray[Any] = column.to_numpy()
-    return found
-
-
-def _pyarrow() -> tuple[type[Exception], Any, Any]:
-    import pyarrow  # noqa: PLC0415  # an extra
-    import pyarrow.parquet  # noqa: PLC0415
-
-    return pyarrow.ArrowException, pyarrow.parquet, pyarrow
+        raise ConfigError(f"{name} has rows without a value; leave these rows out")
+    return column.to_numpy()

@@ -4,6 +4,7 @@ import functools
 import io
 import json
 import os
+import random
 import resource
 import socket
 import subprocess
@@ -517,6 +518,70 @@ def test_a_damaged_archive_is_refused_in_one_line(tmp_path: Path) -> None:
         path.write_bytes(one)
         with pytest.raises(ConfigError, match=r"bob\.npz"):
             read_measured(path)
+
+
+HEADERS = [
+    "(((", "{'descr': '|u1', 'fortran_order': False, 'shape': (3,)", "{1: 2, 'descr': 3}",
+    "{'descr': (((),)), 'fortran_order': False, 'shape': (3,)}", "[" * 300, "{'descr': '|u1'}",
+    "{'descr': '\0u1', 'fortran_order': 0, 'shape': 3}", "", "\xff", "{'descr': [('a',)]}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+@pytest.mark.parametrize("header", HEADERS)
+def test_a_damaged_header_of_an_array_is_refused_in_one_line(
+    tmp_path: Path, header: str, version: int
+) -> None:
+    """It is read before its checksum, and numpy hands it to Python's own parsers."""
+    text = header.encode("latin-1") + b"\n"
+    start = (
+        b"\x93NUMPY" + bytes([version, 0]) + len(text).to_bytes(2 if version == 1 else 4, "little")
+    )
+    with zipfile.ZipFile(tmp_path / "bob.npz", "w") as archive:
+        archive.writestr("bit.npy", start + text + bytes(3))
+    with pytest.raises(ConfigError, match=r"bob\.npz: "):
+        read_measured(tmp_path / "bob.npz")
+
+
+@pytest.mark.parametrize("ending", [".npz", ".parquet"])
+def test_a_flipped_bit_changes_nothing_that_is_read(tmp_path: Path, ending: str) -> None:
+    """Neither the detections nor the settings, which no page of a Parquet file has."""
+    if ending == ".parquet":
+        pytest.importorskip("pyarrow")
+    alice, _, chosen = recorded(rows=2000)
+    path = tmp_path / f"alice{ending}"
+    write_measured(path, alice, chosen)
+    _, right = read_measured(path)
+    whole = path.read_bytes()
+    draw = random.Random(11)
+    for _ in range(1500):
+        damaged = bytearray(whole)
+        bit = draw.randrange(8 * len(whole))
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            found, settings = read_measured(path)
+        except ConfigError:
+            continue
+        assert settings.parameters == right.parameters
+        for name in ("basis", "bit", "intensity"):
+            assert np.array_equal(getattr(found, name), getattr(alice, name))
+
+
+def test_settings_that_were_changed_need_no_digest(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    _, bob, chosen = recorded(rows=2000)
+    path = tmp_path / "bob.parquet"
+    write_measured(path, bob, chosen)
+    table = parquet.read_table(path)
+    text = table.schema.metadata[b"hybridkex"].replace(b'"misalignment"', b'"misalignment" ')
+    changed = {**table.schema.metadata, b"hybridkex": text}
+    parquet.write_table(table.replace_schema_metadata(changed), path)
+    with pytest.raises(ConfigError, match="leave out the value 'hybridkex_sha256'"):
+        read_measured(path)
+    del changed[b"hybridkex_sha256"]
+    parquet.write_table(table.replace_schema_metadata(changed), path)
+    assert read_measured(path)[1].channel == chosen.channel
 
 
 def test_an_announced_size_is_not_believed(tmp_path: Path) -> None:

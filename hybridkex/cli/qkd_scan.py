@@ -86,8 +86,9 @@ COMMANDS: Final = {
             "qkd scan --vary eve=none,pns --blocks 3 --jobs 0 -o b.parquet",
             "qkd scan --vary block_bits=1e5,1e6 --dask tcp://host:8786 -o c.json",
         ],
-        notes="Settings: preset, distance_km, block_bits, eve, finite_key, leak, tuned, and every "
-        "field of the channel, the source and the security. See docs/qkd-link.md.",
+        notes="Settings: preset, distance_km, block_bits, eve, finite_key, leak, tuned, "
+        "max_qber, tolerance, decoy_check, and every field of the channel, the source "
+        "and the security. See docs/qkd-link.md.",
         summary="compute rates over a grid of settings",
         action=Action("qkd_scan", ScanOptions, extra="link", function="run_scan"),
     ),

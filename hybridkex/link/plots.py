@@ -124,6 +124,7 @@ def plot_scan(
             raise ConfigError(
                 f"the scan has no column {name!r}: it has {', '.join(known) or 'none'}"
             )
+    wrong = [row[ERROR] for row in rows if failed(row)]
     rows = [row for row in rows if not failed(row)]
     values = {name: {_plain(row.get(name)) for row in rows} for name in known if name in SETTINGS}
     varied = [name for name, found in values.items() if len(found) > 1 and name not in by]
@@ -150,9 +151,10 @@ def plot_scan(
         if place[0] is not None:
             curve.append(place)
     if not any(None not in place for curve in curves.values() for place in curve):
+        failures = f"{len(wrong)} have an error, the first {wrong[0]!r}; " if wrong else ""
         raise ConfigError(
-            f"the scan has no row that can be drawn: {x} and {y} must have values, above 0 where "
-            "the axis is logarithmic"
+            f"the scan has no row that can be drawn: {failures}{x} and {y} must have values, above "
+            "0 where the axis is logarithmic"
         )
     if len(curves) > MOST_CURVES:
         raise ConfigError(
@@ -239,7 +241,10 @@ def _coordinate(row: Mapping[str, Any], name: str) -> float | None:
     if value is None:
         return None
     if not isinstance(value, int | float) or not abs(value) <= MOST_NUMBER:
-        raise ConfigError(f"the column {name!r} of the scan has {value!r}: numbers can be drawn")
+        what = "the text " if isinstance(value, str) else ""
+        raise ConfigError(
+            f"the column {name!r} of the scan has {what}{value!r}: only finite numbers can be drawn"
+        )
     return None if name in LOGARITHMIC and value < LEAST_NUMBER else float(value)
 
 

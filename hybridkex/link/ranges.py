@@ -7,7 +7,10 @@ have Python's own types.
 import math
 import numbers
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import fields
+from decimal import Decimal
+from fractions import Fraction
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -170,8 +173,12 @@ def instance(name: str, value: Any, kind: type[T], *others: type[Any]) -> T:
 
 
 def plain(value: Any) -> Any:
-    """A number or an array of numpy or pyarrow as Python's own; other values as they are."""
+    """A number or an array of numpy or pyarrow as Python's own, a decimal number or a fraction as a
+    float; other values as they are."""
     for name in ("tolist", "as_py"):
         if hasattr(value, name):
-            return getattr(value, name)()
+            value = getattr(value, name)()
+    if isinstance(value, Decimal | Fraction):
+        with suppress(ValueError, OverflowError):  # a signalling NaN, more than 308 digits
+            return float(value)
     return value

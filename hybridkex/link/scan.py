@@ -1,10 +1,10 @@
 """Results of a link over a grid of settings: the same rows however they are computed.
 
 A *point* names settings: ``preset``, ``distance_km``, ``block_bits``, ``eve``, ``finite_key``,
-``leak``, ``tuned``, or any field of the channel, the source or the security. Each point is computed
-by itself, from the point and its own seed, so it does not matter where and in which order: in this
-process, or with any executor of :mod:`concurrent.futures`, such as a pool of processes or that of a
-Dask cluster.
+``leak``, ``tuned``, ``max_qber``, ``tolerance``, ``decoy_check``, or any field of the channel, the
+source or the security. Each point is computed by itself, from the point and its own seed, so it
+does not matter where and in which order: in this process, or with any executor of
+:mod:`concurrent.futures`, such as a pool of processes or that of a Dask cluster.
 """
 
 import csv
@@ -26,7 +26,7 @@ from typing import Any, Final
 import trio
 
 from hybridkex.errors import BlockAborted, ConfigError, LedgerDry, LinkError
-from hybridkex.files import PUBLIC, read_file, read_utf8, write_file
+from hybridkex.files import PUBLIC, parsing, read_file, read_utf8, write_file
 from hybridkex.json_text import load_json
 from hybridkex.link.eavesdroppers import eavesdropper
 from hybridkex.link.entropy import binary_entropy
@@ -59,13 +59,16 @@ OWN: Final = {
     "leak": LEAKS[0],
     "tuned": True,
 }
+LIMITS: Final = ("max_qber", "tolerance", "decoy_check")
+"""Settings of the protocol that a row has only if its point names them."""
 SETTINGS: Final[Mapping[str, Any]] = {
+    **{one.name: one.default for one in fields(LinkSettings) if one.name in LIMITS},
     **preset("bbm92").parameters,
     **preset("lim2014").parameters,
     **OWN,
 }
-"""The settings that can vary, each with a value of its type: :data:`OWN`, and the fields of the
-channel, of both kinds of source, and of the security."""
+"""The settings that can vary, each with a value of its type: :data:`OWN`, :data:`LIMITS`, and the
+fields of the channel, of both kinds of source, and of the security."""
 COLUMNS: Final = (
     "loss_db",
     "rate",
@@ -106,7 +109,6 @@ NOTHING: Final = frozenset(
 )  # fmt: skip
 """What other programs write where there is no value, in small letters: the words that
 ``pandas.read_csv`` takes for it, ``-``, and those of pandas' ``NaT`` and of Julia."""
-EXTRA: Final = "more values than columns"
 MOST_POINTS: Final = 1_000_000
 MOST_BLOCKS: Final = 1_000_000
 """The most blocks that are simulated at a point."""
@@ -114,7 +116,12 @@ MOST_BYTES: Final = 1 << 30
 """The largest file of rows: a million points have about 300 MB."""
 SUFFIXES: Final = (".csv", ".parquet", ".json")
 _ROWS: Final = 'JSON has a list of rows, as to_json(orient="records") in pandas writes it'
-_POINT: Final = "write numbers with a decimal point, and other commas only between columns"
+_POINT: Final = (
+    "write numbers with a decimal point and without separators of thousands, no value as an empty "
+    "field, and commas only between columns"
+)
+_THOUSANDS: Final = re.compile(r"[-+]?[1-9]\d{0,2}(\.\d{3})+")
+"""Ten thousand in German or Spanish, which would be taken for ten."""
 
 
 def grid(axes: Mapping[str, Sequence[Any]]) -> list[Row]:
@@ -130,15 +137,15 @@ def grid(axes: Mapping[str, Sequence[Any]]) -> list[Row]:
 def _check_name(name: str) -> None:
     if name not in SETTINGS:
         raise ConfigError(
-            f"unknown setting {name!r}: use {', '.join(OWN)} or a field of the channel, the source "
-            "or the security"
+            f"unknown setting {name!r}: use {', '.join((*OWN, *LIMITS))} or a field of the "
+            "channel, the source or the security"
         )
 
 
 def _chosen(asked: Mapping[str, Any]) -> Preset:
     """The preset that a point asks for, before it is tuned."""
     chosen = preset(asked["preset"]).at(asked["distance_km"])
-    for name in asked.keys() - OWN.keys() - {"efficiency"}:
+    for name in asked.keys() - OWN.keys() - {"efficiency", *LIMITS}:
         for part in ("channel", "transmitter", "security"):
             inner = getattr(chosen, part)
             if name in {one.name for one in fields(inner)}:
@@ -197,6 +204,7 @@ def evaluate(point: Point, *, blocks: int = 0, seed: int = 0) -> Row:
         block_detections=bits,
         finite_key=asked["finite_key"],
         leak=asked["leak"],
+        **{name: asked[name] for name in LIMITS if name in asked},
     )
     if eve is not None:
         (attack if blocks else eavesdropper)(eve, chosen.channel, chosen.transmitter)
@@ -321,7 +329,7 @@ def nothing(value: Any) -> bool:
         return value.strip().lower() in NOTHING
     try:
         return value is None or bool(value != value)  # noqa: PLR0124  # as NaN
-    except TypeError:  # pandas.NA is neither equal to itself nor unequal
+    except (TypeError, ArithmeticError):  # pandas.NA is neither equal to itself nor unequal
         return True
 
 
@@ -410,7 +418,7 @@ def write_scan(path: Path | str, rows: Iterable[Row]) -> None:
 
         made = io.BytesIO()
         table = pyarrow.table({n: _column(n, [row.get(n) for row in rows]) for n in names})
-        pyarrow.parquet.write_table(table, made)
+        pyarrow.parquet.write_table(table, made, write_page_checksum=True)
         content = made.getvalue()
     write_file(path, content, mode=PUBLIC)
 
@@ -419,34 +427,34 @@ def read_scan(path: Path | str) -> list[Row]:
     """The rows of a file that :func:`write_scan` made. Raises ``ConfigError``."""
     path = Path(path)
     kind = file_kind(path, "a scan", SUFFIXES)
-    try:
+    read = read_file if kind == ".parquet" else read_utf8
+    content: Any = read(path, limit=MOST_BYTES, pipe=False)
+    with parsing(path, "a scan", hint=f"; {_ROWS}" if kind == ".json" else ""):
         if kind == ".parquet":
             from pyarrow import parquet  # noqa: PLC0415  # an extra
 
-            content = io.BytesIO(read_file(path, limit=MOST_BYTES, pipe=False))
-            rows = parquet.read_table(content).to_pylist()
+            table = parquet.read_table(io.BytesIO(content), page_checksum_verification=True)
+            rows = table.to_pylist()
         else:
-            text = read_utf8(path, limit=MOST_BYTES, pipe=False)
-            rows = load_json(text, most_values=None) if kind == ".json" else _read_csv(text)
-    except (ConfigError, ImportError, MemoryError):
-        raise
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from None
-    except Exception as error:  # for a damaged file, pyarrow has many classes of errors
-        hint = f"; {_ROWS}" if kind == ".json" else ""
-        raise ConfigError(f"{path}: not a scan: {error}{hint}") from None
-    if not isinstance(rows, list) or not all(isinstance(one, dict) for one in rows):
-        raise ConfigError(f"{path}: not a scan: {_ROWS}")
-    if any(EXTRA in one for one in rows):
-        raise ConfigError(
-            f"{path}: not a scan: a row has more values than there are columns; {_POINT}"
-        )
-    return [{n: None if nothing(value) else value for n, value in one.items()} for one in rows]
+            rows = load_json(content, most_values=None) if kind == ".json" else _read_csv(content)
+        if not isinstance(rows, list) or not all(isinstance(one, dict) for one in rows):
+            raise ConfigError(f"not a scan: {_ROWS}")
+        return [{name: _checked(name, value) for name, value in row.items()} for row in rows]
+
+
+def _checked(name: str, value: Any) -> Any:
+    """A value of a file. Raises ``ConfigError`` for anything else in a column of numbers."""
+    if nothing(value):
+        return None
+    value = plain(value)
+    if TYPES.get(name) in ("float64", "int64") and type(value) not in (int, float):
+        raise ConfigError(f"not a scan: {name} has {value!r}, and takes numbers: {_POINT}")
+    return value
 
 
 def _read_csv(text: str) -> list[Row]:
     """Raises ``ValueError`` and ``csv.Error``."""
-    reader = csv.DictReader(io.StringIO(text, newline=""), restkey=EXTRA, strict=True)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     names = reader.fieldnames or ()
     if len(set(names)) != len(names):
         raise ValueError("two columns have the same name")
@@ -454,6 +462,8 @@ def _read_csv(text: str) -> list[Row]:
         raise ValueError(f"separate the columns by commas, and {_POINT}")
     rows = []
     for row in reader:
+        if None in row:
+            raise ValueError(f"a row has more values than there are columns; {_POINT}")
         if None in row.values():
             raise ValueError(
                 f"line {reader.line_num} has fewer values than there are columns: "
@@ -463,16 +473,16 @@ def _read_csv(text: str) -> list[Row]:
     return rows
 
 
-def _number(name: str, text: Any) -> Any:
-    if not isinstance(text, str) or nothing(text):  # a list is in excess of the columns
+def _number(name: str, text: str) -> Any:
+    if nothing(text):
         return text
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
+    if TYPES.get(name) == "int64" and _THOUSANDS.fullmatch(text):
+        return text
     try:
         value = float(text)
     except ValueError:
-        if TYPES.get(name) in ("float64", "int64") and re.fullmatch(r"[-+.\d]*,[-+.,\deE]*", text):
-            raise ValueError(f"{name} has {text!r}: {_POINT}") from None
         return text
     return int(value) if value.is_integer() and "e" not in text and "." not in text else value
 

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -296,3 +297,82 @@ def test_a_whole_number_that_no_float_holds_is_refused(tmp_path: Path) -> None:
         plot_scan(read_scan(tmp_path / "x.json"))
     with pytest.raises(ConfigError, match="more than 308 digits"):
         plot_scan(found)
+
+
+NUMBERS = ["distance_km", "block_bits", "rate", "qber", "blocks_made", "max_qber"]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize(
+    "word", [".", "n.a.", "?", "1.000.000", "1 000", "1'000", "12:30", "0,5", "1,000", "true", "x"]
+)
+def test_text_in_a_column_of_numbers_is_refused(name: str, word: str, tmp_path: Path) -> None:
+    """It would be a curve of its own, or of another number than the one that is meant."""
+    rows: list[dict[str, Any]] = [{"note": "a", name: 1}, {"note": "b", name: word}]
+    (tmp_path / "x.csv").write_text(f'note,{name}\na,1\nb,"{word}"\n')
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    write_scan(tmp_path / "y.json", [*rows, {"note": "c", name: True}])
+    for path in ("x.csv", "x.json", "y.json"):
+        with pytest.raises(ConfigError, match=f"not a scan: {name} has .*takes numbers.*point"):
+            read_scan(tmp_path / path)
+
+
+def test_the_points_of_thousands_are_not_taken_for_decimal_points(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    for text in ("10.000", "1.000.000", "100.000", "-10.000"):
+        path.write_text(f"distance_km,block_bits,rate\n0,{text},1e-2\n")
+        with pytest.raises(ConfigError, match="without separators of thousands"):
+            read_scan(path)
+    for text in ("10000.0", "1e4", "10000", "1.0e4", "10000.000", "1.00e4", "+1E+04"):
+        path.write_text(f"distance_km,block_bits,rate\n10.000,{text},1.125\n")
+        assert read_scan(path) == [{"distance_km": 10, "block_bits": 10_000, "rate": 1.125}]
+
+
+def test_decimal_numbers_and_fractions_are_numbers(tmp_path: Path) -> None:
+    rows = [
+        {"distance_km": km, "block_bits": Decimal(10**6), "rate": Fraction(1, 2 + number)}
+        for number, km in enumerate((0, Decimal(10), Decimal("20.5")))
+    ]
+    assert list(curves(rows).values()) == [[0, 10, 20.5]]
+    write_scan(tmp_path / "x.csv", rows)
+    assert read_scan(tmp_path / "x.csv")[2]["distance_km"] == 20.5
+    assert nothing(Decimal("nan"))
+    assert nothing(Decimal("snan"))
+    with pytest.raises(ConfigError, match="has the text '1/2'"):
+        plot_scan([{"distance_km": 1, "rate": "1/2"}])
+    pyarrow = pytest.importorskip("pyarrow", reason="pip install pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pip install pyarrow")
+    table = pyarrow.table({"distance_km": [Decimal("0.0"), Decimal("10.5")], "rate": [0.5, 0.25]})
+    parquet.write_table(table, tmp_path / "x.parquet")
+    assert list(curves(read_scan(tmp_path / "x.parquet")).values()) == [[0, 10.5]]
+
+
+@pytest.mark.parametrize("word", [".", "n.a.", "nil", "?", r"\N", "#VALUE!", "(null)"])
+def test_rows_that_all_count_as_failed_are_told_with_the_first_word(
+    word: str, tmp_path: Path
+) -> None:
+    (tmp_path / "x.csv").write_text(f"distance_km,rate,error\n0,0.5,{word}\n9,0.1,{word}\n")
+    with pytest.raises(ConfigError) as caught:
+        plot_scan(read_scan(tmp_path / "x.csv"))
+    assert f"2 have an error, the first {word!r}; " in str(caught.value)
+
+
+def test_a_flipped_bit_in_a_page_of_a_parquet_scan_is_noticed(
+    tmp_path: Path, rows: list[dict[str, Any]]
+) -> None:
+    pytest.importorskip("pyarrow", reason="pip install pyarrow")
+    path = tmp_path / "x.parquet"
+    write_scan(path, rows)
+    good, right, refused = path.read_bytes(), read_scan(path), 0
+    footer = len(good) - 8 - int.from_bytes(good[-8:-4], "little")
+    for bit in range(8 * 4, 8 * footer, 31):
+        bad = bytearray(good)
+        bad[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(bad)
+        try:
+            found = read_scan(path)
+        except ConfigError:
+            refused += 1
+        else:
+            assert found == right
+    assert refused > 100

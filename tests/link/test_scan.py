@@ -34,6 +34,7 @@ from hybridkex.link.ranges import PICTURES
 from hybridkex.link.scan import (
     COLUMNS,
     ERROR,
+    LIMITS,
     SETTINGS,
     SUFFIXES,
     evaluate,
@@ -125,6 +126,21 @@ def test_any_setting_may_vary() -> None:
         evaluate({"brightness": 0.1})
     with pytest.raises(ConfigError, match="laser"):
         evaluate({"preset": "bbm92", "eve": "pns"})
+
+
+def test_limits_of_the_protocol_may_vary() -> None:
+    """They are columns only of a scan that varies them."""
+    fixed = {"preset": ["rusca2018"], "distance_km": [5], "block_bits": [20_000]}
+    strict, loose = scan(grid({**fixed, "max_qber": [0.005, 0.2]}))
+    assert strict["rate"] == 0 < loose["rate"]
+    assert not set(LIMITS) & set(evaluate({}))
+    rows = scan(grid({**fixed, "eve": ["split:0.5"], "decoy_check": ["full", "off"]}), blocks=1)
+    assert [row["blocks_made"] for row in rows] == [0, 1]
+    rows = scan(grid({**fixed, "eve": ["split:0.5"], "tolerance": [0.1, 0.999]}), blocks=1)
+    assert [row["blocks_made"] for row in rows] == [0, 1]
+    for wrong in ({"max_qber": 0.6}, {"tolerance": 1}, {"decoy_check": "some"}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            evaluate(wrong)
 
 
 def test_eve_shows_in_a_scan() -> None:

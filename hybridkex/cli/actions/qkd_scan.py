@@ -218,7 +218,7 @@ def plot(options: PlotOptions) -> int:
             raise
         raise ConfigError("this needs matplotlib: pip install 'hybridkex[plot]'") from None
     rows = [] if options.scan is None else read_scan(options.scan)
-    wrong = sum(map(failed, rows))
+    wrong = [row[ERROR] for row in rows if failed(row)]
     if options.scan is not None:
         figure, _ = plot_scan(
             rows,
@@ -238,7 +238,8 @@ def plot(options: PlotOptions) -> int:
     print(options.output)
     if wrong:
         print(
-            f"hybridkex: rows with an error in place of results, which are not drawn: {wrong}",
+            "hybridkex: rows with an error in place of results, which are not drawn: "
+            f"{len(wrong)}. The first error: {printable(wrong[0])}",
             file=sys.stderr,
         )
     return 0

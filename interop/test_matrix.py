@@ -12,16 +12,18 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
+from shared import made_once
 
 from interop.matrix import liboqs, runner
 from interop.matrix.cases import CASES, other_end
 from interop.matrix.material import Materials
 from interop.matrix.peer import Missing, Peer
 from interop.matrix.peers import PEERS
-from interop.matrix.report import as_markdown, from_json
+from interop.matrix.report import as_json, as_markdown, from_json
 from interop.matrix.runner import SHELLS, Cell, Outcome, Result, cells, missing_from, run_all
 from interop.matrix.task import Report, Role, digest, text
 from interop.page import DOCS, part_of
@@ -52,6 +54,10 @@ def results(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, thorough: bool
 ) -> list[Result]:
     """The results for the peers whose tests were selected."""
+
+    def run(folder: Path) -> dict[str, Any]:
+        return as_json(*trio.run(run_all, wanted, Materials(folder)))
+
     chosen = {
         item.callspec.params["peer"]
         for item in request.session.items
@@ -59,11 +65,10 @@ def results(
         and hasattr(item, "callspec")
         and "peer" in item.callspec.params
     }
-    materials = Materials(tmp_path_factory.mktemp("matrix"))
     wanted = todo(tuple(peer for peer in PEERS if peer in chosen))
     if not thorough:
         wanted = [cell for cell in wanted if cell.shell == shell_in_turn(cell)]
-    return trio.run(run_all, wanted, materials)[1]
+    return from_json(made_once(tmp_path_factory, "matrix", run)[1], wanted)[1]
 
 
 @pytest.mark.slow  # the first one runs all cells

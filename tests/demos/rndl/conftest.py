@@ -1,8 +1,6 @@
 """One whole trial, run as a user runs it, for all tests that look at its outcome."""
 
-import fcntl
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -11,21 +9,15 @@ from typing import Any
 
 import pytest
 from rndl_glue import Report
+from shared import made_once
 
 
 @pytest.fixture(scope="session")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
     """The first of the processes that run the tests makes it for all of them."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "rndl"
-    folder.mkdir(exist_ok=True)
-    outcome = folder / "outcome.json"
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not outcome.exists():
-            outcome.write_text(json.dumps(run(folder)), encoding="utf-8")
+    folder, outcome = made_once(tmp_path_factory, "rndl", run)
     return Report(
-        **json.loads(outcome.read_text(encoding="utf-8")),
+        **outcome,
         html=folder / "report.html",
         json=json.loads((folder / "report.json").read_text(encoding="utf-8")),
         kept=folder / "kept",

@@ -25,7 +25,13 @@ from hybridkex.errors import ConfigError
 from hybridkex.link.entropy import binary_entropy
 from hybridkex.link.physics import Channel, Light, PairSource, Source, Transmitter
 from hybridkex.link.ranges import MOST_EVENTS, check_ranges, instance, one_of, within, within_all
-from hybridkex.link.statistics import mean_lower, mean_upper, trials_upper, unseen_errors
+from hybridkex.link.statistics import (
+    lower_of_mean,
+    mean_upper,
+    trials_upper,
+    unseen_errors,
+    upper_of_mean,
+)
 
 ROUNDING: Final = 1.0 + 1e-9
 """The factor by which rounded expected errors may exceed detections, if all bits are wrong."""
@@ -231,11 +237,11 @@ class Tight:
         self, transmitter: Transmitter, counts: Sequence[float], security: Security
     ) -> Expectations:
         """Hoeffding 1963, theorem 1."""
-        total, share = sum(counts), self._share(security)
+        total, nats = sum(counts), -math.log(self._share(security))
         scales = _scales(transmitter)
         return Expectations(
-            lower=lambda k: scales[k] * mean_lower(counts[k], total, share),
-            upper=lambda k: scales[k] * mean_upper(counts[k], total, share),
+            lower=lambda k: scales[k] * lower_of_mean(counts[k], total, nats),
+            upper=lambda k: scales[k] * upper_of_mean(counts[k], total, nats),
         )
 
     def vacuum(self, wrong: float, detections: float, security: Security) -> float:

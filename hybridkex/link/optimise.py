@@ -133,16 +133,16 @@ def expected_length(
 
 def _source(settings: NDArray[np.float64], like: PairSource | None) -> Transmitter | PairSource:
     """Valid settings from unbounded numbers."""
-    free = 1.0 / (1.0 + np.exp(-np.clip(settings, -7.0, 7.0)))
+    free = [1.0 / (1.0 + math.exp(-min(max(one, -7.0), 7.0))) for one in settings.tolist()]
     if isinstance(like, PairSource):
-        return replace(like, brightness=float(free[0]), key_basis_probability=float(free[1]))
+        return replace(like, brightness=free[0], key_basis_probability=free[1])
     if len(free) == 5:
-        mu_1, share, p_1, rest, q = (float(value) for value in free)
+        mu_1, share, p_1, rest, q = free
         mu_2 = NEAR_VACUUM + share * (mu_1 - 2.0 * NEAR_VACUUM)
         probabilities: tuple[float, ...] = (p_1, (1.0 - p_1) * rest, (1.0 - p_1) * (1.0 - rest))
         intensities: tuple[float, ...] = (mu_1, mu_2, NEAR_VACUUM)
     else:
-        mu_1, share, p_1, q = (float(value) for value in free)
+        mu_1, share, p_1, q = free
         intensities, probabilities = (mu_1, share * mu_1), (p_1, 1.0 - p_1)
     return Transmitter(
         intensities=intensities, probabilities=probabilities, key_basis_probability=q

@@ -52,10 +52,12 @@ def _first_guess(x: float, goal: float, sign: float) -> float:
     far.
 
     """
-    spread = math.sqrt(2.0 * x * (1.0 - x) * goal)
+    variance = x * (1.0 - x)
+    spread = math.sqrt(2.0 * variance * goal)
     if spread > 0.3 * min(x, 1.0 - x):
         return x
-    return x + sign * spread + 2.0 / 3.0 * (1.0 - 2.0 * x) * goal
+    third = goal * (1.0 - 13.0 * variance) / (18.0 * variance)
+    return x + sign * spread * (1.0 + third) + 2.0 / 3.0 * (1.0 - 2.0 * x) * goal
 
 
 def mean_upper(seen: float, total: float, failure: float) -> float:
@@ -64,16 +66,29 @@ def mean_upper(seen: float, total: float, failure: float) -> float:
     ``seen`` counts as 0 below 0, and as ``total`` above it. Raises ``ConfigError``.
     """
     seen, total = finite("seen", seen), finite("total", total)
-    failure = probability("failure", failure)
+    return upper_of_mean(seen, total, -math.log(probability("failure", failure)))
+
+
+def mean_lower(seen: float, total: float, failure: float) -> float:
+    """The least expectation of ``seen`` among ``total`` independent events.
+
+    ``seen`` counts as ``total`` above it. Raises ``ConfigError``.
+    """
+    seen, total = finite("seen", seen), finite("total", total)
+    return lower_of_mean(seen, total, -math.log(probability("failure", failure)))
+
+
+def upper_of_mean(seen: float, total: float, nats: float) -> float:
+    """:func:`mean_upper` of checked numbers; the failure probability is ``exp(-nats)``."""
     if total <= 0.0:
         return 0.0
-    x, goal = min(seen / total, 1.0), math.log(1.0 / failure) / total
+    x, goal = min(seen / total, 1.0), nats / total
     if x <= 0.0:
         return -total * math.expm1(-goal) * (1.0 + SAFETY)
     # Not below the root, as D >= 2 (p - x)^2, and D >= (p - x)^2 / 2p.
     p = x + min(math.sqrt(goal / 2.0), goal + math.sqrt(goal * (goal + 2.0 * x)))
     if x > 0.5 or p >= 1.0:  # D(x || p) = D(1 - x || 1 - p)
-        rest = mean_lower(total - min(seen, total), total, failure)
+        rest = lower_of_mean(total - min(seen, total), total, nats)
         return min(total, (total - rest) * (1.0 + SAFETY))
     guess = _first_guess(x, goal, 1.0)
     p = guess if guess > x else p
@@ -85,16 +100,11 @@ def mean_upper(seen: float, total: float, failure: float) -> float:
     return min(total, total * p * (1.0 + SAFETY))
 
 
-def mean_lower(seen: float, total: float, failure: float) -> float:
-    """The least expectation of ``seen`` among ``total`` independent events.
-
-    ``seen`` counts as ``total`` above it. Raises ``ConfigError``.
-    """
-    seen, total = finite("seen", seen), finite("total", total)
-    failure = probability("failure", failure)
+def lower_of_mean(seen: float, total: float, nats: float) -> float:
+    """:func:`mean_lower` of checked numbers; the failure probability is ``exp(-nats)``."""
     if total <= 0.0 or seen <= 0.0:
         return 0.0
-    x, goal = min(seen / total, 1.0), math.log(1.0 / failure) / total
+    x, goal = min(seen / total, 1.0), nats / total
     if x >= 1.0:
         return total * math.exp(-goal) * (1.0 - SAFETY)
     p = x - min(math.sqrt(goal / 2.0), math.sqrt(2.0 * x * goal))  # D >= (p - x)^2 / 2x

@@ -77,7 +77,8 @@ COMMANDS: Final = {
     "distil": Command(
         "Make keys of measured detections: sifting, error correction, privacy amplification. With "
         "the files of both parties, both run here. With one file, this end runs Alice or Bob (the "
-        "file says which) and reaches the other over TCP, authenticated by signatures.",
+        "file says which) and reaches the other over TCP, authenticated by signatures. Keys of the "
+        "same detections are made once: a file FILE.distilled marks them, with one FILE or --keys.",
         examples=[
             "qkd distil alice.npz bob.npz",
             "qkd distil alice.npz --listen 0.0.0.0:7000 --key a.key --peer b.pem",

@@ -35,9 +35,11 @@ import hashlib
 import io
 import json
 import math
+import os
 import zipfile
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -47,7 +49,7 @@ import trio
 from numpy.typing import NDArray
 
 from hybridkex.errors import ConfigError, LinkError
-from hybridkex.files import parsing, read_file, write_file
+from hybridkex.files import create_file, parsing, read_file, write_file
 from hybridkex.json_text import load_json
 from hybridkex.link.authentication import Signatures
 from hybridkex.link.finite_key import Security
@@ -200,11 +202,13 @@ def alice_of(
     bootstrap: Ledger | Signatures,
     *,
     seed: int | None = None,
+    commit: Callable[[], None] | None = None,
 ) -> Alice:
     """Alice for these detections, over a stream; see :class:`~hybridkex.link.party.Alice`.
 
     There is one block, so none of its key is kept to authenticate another, beyond what a ledger in
-    ``bootstrap`` asks for. Raises ``ConfigError``.
+    ``bootstrap`` asks for. Detections must not be used a second time once ``commit`` was called:
+    for those of a file, ``partial(mark_used, path)`` keeps that in mind. Raises ``ConfigError``.
     """
     instance("measured", measured, Measured)
     if measured.intensity is None:
@@ -225,6 +229,7 @@ def alice_of(
         ledger=Ledger(reserve=0),
         seed=seed,
         first_pulse=measured.first_pulse,
+        commit=commit,
     )
 
 
@@ -235,6 +240,7 @@ def bob_of(
     bootstrap: Ledger | Signatures,
     *,
     seed: int | None = None,
+    commit: Callable[[], None] | None = None,
 ) -> Bob:
     """Bob for these detections; see :func:`alice_of`."""
     instance("measured", measured, Measured)
@@ -249,6 +255,7 @@ def bob_of(
         ledger=Ledger(reserve=0),
         seed=seed,
         first_pulse=measured.first_pulse,
+        commit=commit,
     )
 
 
@@ -256,6 +263,9 @@ def distil(
     alice: Measured, bob: Measured, settings: LinkSettings, *, seed: int | None = None
 ) -> tuple[Block, Block]:
     """Make one block of keys of measured detections, with both parties in this process.
+
+    Several runs with the same detections may be compared, but the keys of only one may be used: all
+    of them together are longer than what Eve does not know.
 
     Args:
         alice: what Alice sent, for each detection.
@@ -413,6 +423,46 @@ def read_measured(path: Path | str) -> tuple[Measured, Preset]:
         measured, chosen = Measured(**found), _preset(settings, path.name)
         _check_intensities(measured, chosen)
     return measured, chosen
+
+
+def _marker(path: Path | str) -> Path:
+    real = Path(path).resolve()
+    return real.with_name(f"{real.name}.distilled")
+
+
+def check_unused(path: Path | str) -> None:
+    """Whether no keys were made of the detections in this file, and the next use can be marked.
+
+    Raises ``ConfigError``.
+    """
+    marker = _marker(path)
+    if os.path.lexists(marker):
+        raise ConfigError(
+            f"keys of {path} were made before, or begun, as {marker.name} beside it says, and the "
+            "keys of two runs are not secret together: record new detections; remove that file "
+            "only if it is of other detections"
+        )
+    if not os.access(marker.parent, os.W_OK):
+        raise ConfigError(
+            f"cannot write to the folder of {path}, where {marker.name} marks its detections as "
+            "used: move the file to a folder of yours"
+        )
+
+
+def mark_used(path: Path | str) -> None:
+    """Mark the detections in this file as used, by a file beside it; see :func:`check_unused`.
+
+    Raises ``LinkError`` if they are marked already, or cannot be.
+    """
+    marker = _marker(path)
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    try:
+        create_file(marker, f"'hybridkex qkd distil' used {path} at {now}.\n".encode())
+    except OSError as error:
+        raise LinkError(
+            f"the detections in {path} are not used, because {marker.name} cannot be made beside "
+            f"them: {error.strerror or error}"
+        ) from None
 
 
 def _check_names(names: Sequence[str], known: Collection[str]) -> None:

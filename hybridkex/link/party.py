@@ -23,7 +23,7 @@ party, which covers both HELLOs, confirms it; until then nothing is dropped from
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final, Generic, TypeVar
 from uuid import UUID
@@ -230,6 +230,7 @@ class _Party(Generic[L]):
         patient: bool = False,
         timeout: float = TIMEOUT,
         first_pulse: int | None = 0,
+        commit: Callable[[], None] | None = None,
     ) -> None:
         """``light``: Alice's record of what she sends, Bob's detector.
 
@@ -240,7 +241,8 @@ class _Party(Generic[L]):
         random choices foreseeable. ``patient``: Alice waits for Bob's first report of a block
         without a limit, because its light takes as long as on a real link, or because Bob may begin
         when he likes. ``timeout``: seconds. ``first_pulse``: where the first block begins; ``None``
-        if detections have numbers that are not of pulses.
+        if detections have numbers that are not of pulses. ``commit``: called in each block before
+        error correction discloses anything of the key; if it raises ``LinkError``, nothing is.
         """
         self._channel = ClassicalChannel(stream, sends=self.direction, timeout=timeout)
         self._settings = settings
@@ -257,6 +259,7 @@ class _Party(Generic[L]):
         self._agreed: dict[Direction, Position] | None = None
         self._last_pulse = -1
         self._first_pulse = first_pulse
+        self._commit = commit
         self._secrets: list[Bits] = []
 
     @property
@@ -297,6 +300,8 @@ class _Party(Generic[L]):
     async def _block(self) -> Block:
         sifted = await self._sift()
         self._settings.check(sifted.counts, pulses=sifted.pulses)
+        if self._commit is not None:
+            await in_thread(self._commit)
         corrected = await self._correct(sifted)
         outcome = self._bound(sifted, corrected)
         finish, agree = await self._verify(sifted.key)

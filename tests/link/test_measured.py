@@ -6,6 +6,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import socket
 import subprocess
 import sys
@@ -38,6 +39,7 @@ from hybridkex.link.measured import (
     Measured,
     alice_of,
     bob_of,
+    check_unused,
     distil,
     read_measured,
     write_measured,
@@ -253,11 +255,11 @@ def test_record_and_distil_as_commands(tmp_path: Path, capsys: pytest.CaptureFix
         assert main(again) == 1
         assert "exists already and is not replaced" in capsys.readouterr().err
     assert kept == {path: path.read_bytes() for path in kept}
-    assert main(["qkd", "distil", *files, "--keys", "/dev/null"]) == 0
+    assert main(["qkd", "distil", *files]) == 0
     capsys.readouterr()
     assert main(["qkd", "distil", files[0], files[0]]) != 0
     assert "one Bob's" in capsys.readouterr().err
-    assert main(["qkd", "distil", files[0]]) != 0
+    assert main(["qkd", "distil", "examples/qkd-data/alice.npz"]) != 0
     assert "--listen or --connect" in capsys.readouterr().err
 
 
@@ -309,6 +311,9 @@ def test_two_ends_distil_over_tcp_whoever_else_connects(tmp_path: Path, listens:
     assert outs["alice"]["to_ledger"] == 0  # no further block will need a tag
     assert outs["alice"]["epsilon"]["conditional"]
     assert (tmp_path / "alice.keys").read_text() == (tmp_path / "bob.keys").read_text()
+    for who in ends:  # a second run is refused at each end, alone and with the other
+        with pytest.raises(ConfigError, match=rf"{who}\.npz were made before"):
+            check_unused(tmp_path / f"{who}.npz")
 
 
 async def test_who_waits_says_that_the_other_end_was_refused(
@@ -351,7 +356,8 @@ def test_no_room_for_the_keys_is_found_before_the_other_end_makes_them(
     _write_credentials(tmp_path)
     monkeypatch.setattr(qkd_data, "WAIT", 0.3)
     here = f"127.0.0.1:{free_port()}"
-    command = ["qkd", "distil", "examples/qkd-data/alice.npz", "--listen", here,
+    shutil.copy("examples/qkd-data/alice.npz", tmp_path)
+    command = ["qkd", "distil", str(tmp_path / "alice.npz"), "--listen", here,
                "--key", str(tmp_path / "alice.key"), "--peer", str(tmp_path / "bob.pem"),
                "--keys"]  # fmt: skip
     assert main([*command, str(tmp_path / "missing" / "keys")]) == 1
@@ -751,7 +757,7 @@ def test_files_of_two_links_and_blocks_without_a_key_are_told(
 def test_a_block_without_a_key_leaves_no_file_and_another_run_may_have_its_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = [f"examples/qkd-data/{name}.npz" for name in ("alice", "bob")]
+    data = [shutil.copy(f"examples/qkd-data/{name}.npz", tmp_path) for name in ("alice", "bob")]
     keys = tmp_path / "keys"
     command = ["qkd", "distil", *data, "--keys", str(keys), "--key-bits"]
     for bits, status in (("8000", 1), ("8000", 1), ("256", 0)):

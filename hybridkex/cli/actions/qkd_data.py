@@ -23,7 +23,9 @@ from hybridkex.link.measured import (
     Measured,
     alice_of,
     bob_of,
+    check_unused,
     distil,
+    mark_used,
     read_measured,
     write_measured,
 )
@@ -104,6 +106,9 @@ def run_distil(options: DistilOptions) -> int:
     measured = [one for one, _ in read]
     if options.keys is not None:
         _check_new(options.keys)
+    if options.keys is not None or len(read) == 1:
+        for path in options.files:
+            check_unused(path)
     try:
         # The room is taken first: the other end's keys are worth nothing if ours cannot be kept.
         with _kept(options, measured) as keep:
@@ -112,7 +117,10 @@ def run_distil(options: DistilOptions) -> int:
                 if len(measured) == 2
                 else run_trio(partial(_one, measured[0], settings, options))
             )
-            if block.keys:
+            if block.keys and options.keys is not None:
+                if len(measured) == 2:
+                    for path in options.files:
+                        mark_used(path)
                 keep("".join(f"{one.key_id} {one.key.reveal().hex()}\n" for one in block.keys))
     except LinkError as error:
         print(json_line({"keys": 0, "aborted": str(error)}))
@@ -163,12 +171,13 @@ async def _one(measured: Measured, settings: LinkSettings, options: DistilOption
     if not address.port:
         raise ConfigError("--listen and --connect need a port other than 0, the same at both ends")
     signatures = Signatures.from_files(options.key, options.peer)
+    commit = partial(mark_used, options.files[0])
     make = bob_of if measured.intensity is None else alice_of
     sends = Direction.BOB_TO_ALICE if measured.intensity is None else Direction.ALICE_TO_BOB
     if options.connect:
         stream = await _connected(address, signatures, sends)
         async with stream:
-            return await make(measured, settings, stream, signatures).block()
+            return await make(measured, settings, stream, signatures, commit=commit).block()
     with opening(address):
         listeners = await open_tcp_listeners(address.port, host=address.host)
     desk = _Desk(signatures, Direction(1 - sends))
@@ -177,7 +186,7 @@ async def _one(measured: Measured, settings: LinkSettings, options: DistilOption
         nursery.start_soon(supervisor.serve, listeners)
         try:
             stream = await desk.other_end()
-            return await make(measured, settings, stream, signatures).block()
+            return await make(measured, settings, stream, signatures, commit=commit).block()
         finally:
             nursery.cancel_scope.cancel()
 

@@ -25,17 +25,17 @@ from hybridkex.text import printable
 
 MIN_RSA_BITS: Final = 2048
 MAX_RSA_BITS: Final = 8192
-"""Verifying with a larger key costs too much for a peer that is not authenticated."""
+"""Verification with a larger key costs too much for an unauthenticated peer."""
 
 MAX_RSA_EXPONENT: Final = (1 << 31) - 1
-"""Go takes no larger one. Verifying with a public exponent as long as the modulus costs as much as
+"""The limit of Go. Verification with a public exponent as long as the modulus costs as much as
 signing."""
 
 MAX_CHAIN: Final = 16
-"""Certificates in one chain; the Web has three or four."""
+"""The maximum number of certificates in a chain; on the Web, three or four are usual."""
 
 _PARSED: Final = 64
-"""End entities' certificates that are kept as parsed."""
+"""The number of parsed end-entity certificates in the cache."""
 
 CURVES: Final = (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)
 
@@ -51,10 +51,10 @@ _KINDS: Final = (
 
 @dataclass(frozen=True, repr=False)
 class PeerCertificate:
-    """A peer's certificates as they came: DER, the end entity's first.
+    """A peer's certificates as received: DER, end entity first.
 
-    One that a handshake or a session gives out has been parsed already; made by hand from other
-    bytes, its properties raise what `cryptography` raises.
+    In one from a handshake or a session, the certificate has been parsed; if you create one from
+    invalid bytes, its properties raise the exceptions of `cryptography`.
     """
 
     certificate_type: ClassVar[CertificateType] = CertificateType.X509
@@ -67,33 +67,33 @@ class PeerCertificate:
 
     @cached_property
     def subject(self) -> str:
-        """Its subject (RFC 4514), safe to show; its first name where the subject is empty."""
+        """Its subject (RFC 4514), or its first name if the subject is empty; safe to display."""
         return subject_of(self.leaf)
 
     @cached_property
     def common_name(self) -> str | None:
-        """The common name of its subject, safe to show. No authority vouches for it as a name."""
+        """The common name of its subject, safe to display. It is not an authenticated name."""
         attributes = self.leaf.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
         return printable(str(attributes[0].value)) if attributes else None
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """Its subject alternative names, safe to show: DNS names, IP addresses and URIs.
+        """Its subject alternative names: DNS names, IP addresses and URIs, safe to display.
 
-        This is what the peer says. What a trusted party vouches for is
+        They are the peer's claim; the names that a trusted party vouches for are in
         :attr:`VerifiedPeer.vouched_names <hybridkex.auth.VerifiedPeer.vouched_names>`.
         """
         return names_of(self.leaf)
 
     @cached_property
     def vouched(self) -> tuple[str, ...]:
-        """The names that an authority certifies, if a verifier trusts the chain up to one."""
+        """The names that an authority certifies, provided that a verifier accepted the chain."""
         return vouched_names_of(self.leaf)
 
     @property
     def public_key(self) -> CertificatePublicKeyTypes | RsaPssKey:
-        """Its key: of `cryptography`, or a :class:`~hybridkex.crypto.rsa_pss.RsaPssKey` where its
-        algorithm is id-RSASSA-PSS."""
+        """Its public key: a class of `cryptography`, or
+        :class:`~hybridkex.crypto.rsa_pss.RsaPssKey` if its algorithm is id-RSASSA-PSS."""
         return _parse(self.chain[0])[1]
 
     @property
@@ -109,8 +109,8 @@ class PeerCertificate:
 def _parse(data: bytes) -> tuple[x509.Certificate, CertificatePublicKeyTypes | RsaPssKey]:
     """A certificate and its key, from DER; the same bytes are parsed once, as in Go's crypto/tls.
 
-    The parsed values are kept, never a decision about trust. The library parses lazily: whatever
-    does not parse must fail here.
+    Only parsed values are cached, never a decision about trust. The library parses lazily; here
+    everything is parsed, so that malformed input fails here.
     """
     certificate = certificate_from_der(data)
     return certificate, key_of(certificate)
@@ -134,20 +134,20 @@ def key_bytes(key: object) -> bytes:
 
 
 def subject_of(certificate: x509.Certificate) -> str:
-    """The name of a certificate in errors and sessions; safe to show."""
+    """The name of a certificate in errors and sessions; safe to display."""
     subject = printable(certificate.subject.rfc4514_string(), most=1024)
     return subject or next(iter(names_of(certificate)), "(no name)")
 
 
 def issuer_of(certificate: x509.Certificate) -> str:
-    """The name of the issuer (RFC 4514); safe to show."""
+    """The name of the issuer (RFC 4514); safe to display."""
     return printable(certificate.issuer.rfc4514_string(), most=1024) or "(no name)"
 
 
 def names_of(certificate: x509.Certificate) -> tuple[str, ...]:
     """The subject alternative names: DNS names, IP addresses and URIs, in this order.
 
-    They are safe to show. What is escaped matches no name: no host name has a backslash.
+    They are safe to display. An escaped name matches no host name, since none has a backslash.
     """
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
@@ -163,10 +163,10 @@ def names_of(certificate: x509.Certificate) -> tuple[str, ...]:
 def vouched_names_of(certificate: x509.Certificate) -> tuple[str, ...]:
     """The names that an authority vouches for when it signs: DNS names, IP addresses and URIs.
 
-    They are canonical (:func:`~hybridkex.auth.names.canonical_peer_name`); what has no canonical
-    form, or would be read as a name of another type, is left out: name constraints hold for each
-    type on its own (RFC 5280 section 4.2.1.10). The common name is not one of them: it is no DNS
-    name (RFC 9525 section 2), and constraints on DNS names do not bind it.
+    They are canonical (:func:`~hybridkex.auth.names.canonical_peer_name`); names without a
+    canonical form, or that could be read as a name of another type, are left out, because name
+    constraints apply to each type separately (RFC 5280 section 4.2.1.10). The common name is not
+    included: it is not a DNS name (RFC 9525 section 2), and name constraints do not apply to it.
     """
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
@@ -200,14 +200,14 @@ def _is_uri(canonical: str) -> bool:
 def spki_sha256(certificate: x509.Certificate) -> str:
     """The pin of a certificate: SHA-256 over its SubjectPublicKeyInfo, in hex (RFC 7469)."""
     if certificate.public_key_algorithm_oid == PublicKeyAlgorithmOID.RSASSA_PSS:
-        # The library writes such a key with another algorithm than the one it was read with.
+        # The library would encode such a key with another algorithm identifier.
         return hashlib.sha256(spki_of(certificate)).hexdigest()
     spki = certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     return hashlib.sha256(spki).hexdigest()
 
 
 def read_chain(chain: Sequence[bytes]) -> tuple[PeerCertificate, list[x509.Certificate]]:
-    """Parse what a peer sent.
+    """Parse the certificates that a peer sent.
 
     Raises:
         CertificateRejected: there is no certificate, there are too many, or one does not parse.
@@ -216,14 +216,14 @@ def read_chain(chain: Sequence[bytes]) -> tuple[PeerCertificate, list[x509.Certi
         raise CertificateRejected("the peer sent no certificate")
     if len(chain) > MAX_CHAIN:
         raise CertificateRejected(
-            f"the peer sent a chain of {len(chain)} certificates, and {MAX_CHAIN} are the most"
+            f"the peer sent a chain of {len(chain)} certificates; the maximum is {MAX_CHAIN}"
         )
     peer = PeerCertificate(tuple(chain))
     place = 0
     try:
         certificates = [peer.leaf]
         for place in range(1, len(chain)):
-            # The verifier parses those on the path; one that is not on it may be malformed.
+            # The verifier parses the certificates of the path; any other may be malformed.
             certificates.append(certificate_from_der(chain[place], whole=False))
     except UnsupportedAlgorithm:
         raise CertificateRejected(
@@ -232,7 +232,7 @@ def read_chain(chain: Sequence[bytes]) -> tuple[PeerCertificate, list[x509.Certi
             alert=Alert.UNSUPPORTED_CERTIFICATE,
         ) from None
     except Exception as error:
-        # The peer chose these bytes: whatever the parser raises, the answer is the same.
+        # The peer chose these bytes: the result is the same for every exception of the parser.
         raise CertificateRejected(
             f"certificate {place + 1} of {len(chain)} that the peer sent does not parse: "
             f"{parse_failure(error)}"
@@ -260,14 +260,15 @@ def _may_sign_handshakes(certificate: x509.Certificate) -> bool:
 def bounded(certificate: x509.Certificate, constraints: x509.NameConstraints) -> bool:
     """Whether these nameConstraints of a certificate have a minimum or a maximum.
 
-    The library reads over both, and RFC 5280 section 4.2.1.10 wants them processed or the
-    certificate rejected. Without them the extension, written again, is what the certificate has.
+    The library ignores both, and RFC 5280 section 4.2.1.10 requires them to be processed or the
+    certificate to be rejected. Without them, encoding the extension again gives the same bytes.
     """
     return constraints.public_bytes() not in certificate.tbs_certificate_bytes
 
 
 def not_valid_today(certificate: x509.Certificate, at: datetime | None = None) -> str | None:
-    """A problem with the validity dates of a certificate at a time (aware; now by default)."""
+    """A problem with the validity of a certificate at a time (an aware datetime; now by
+    default)."""
     at = datetime.now(UTC) if at is None else at
     start, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     if start <= at <= end:
@@ -281,7 +282,7 @@ def _minute(time: datetime) -> str:
 
 
 def flaw_of_own(leaf: x509.Certificate) -> str | None:
-    """A flaw that makes every peer reject our own certificate, whatever the peer trusts."""
+    """A flaw for which every peer rejects our own certificate."""
     if leaf.version is not x509.Version.v3:
         return "is of X.509 version 1, which has no extensions; it needs version 3"
     if not _may_sign_handshakes(leaf):
@@ -292,7 +293,8 @@ def flaw_of_own(leaf: x509.Certificate) -> str | None:
 
 
 def key_cost(key: object) -> str | None:
-    """A reason why verification with a key costs more than an unauthenticated peer may cause."""
+    """Why verification with a key costs too much for an unauthenticated peer; ``None`` if it does
+    not."""
     if isinstance(key, RsaPssKey):
         key = key.key
     if not isinstance(key, rsa.RSAPublicKey):
@@ -309,7 +311,7 @@ def _wrong_size(key: rsa.RSAPublicKey) -> str:
 
 
 def is_signed_by(child: x509.Certificate, issuer: x509.Certificate) -> bool:
-    """Whether a certificate has the name and the signature of an issuer. Nothing else is checked.
+    """Whether a certificate names this issuer and has its signature. Nothing else is checked.
 
     The key of the issuer may come from an unauthenticated peer: see :func:`key_cost`.
     """

@@ -1,10 +1,10 @@
 """Which of the certificates that a peer sent lead to an authority that we trust.
 
-A verifier that looks for a path among certificates that sign each other tries very many: that of
-`cryptography` checks more than a hundred signatures, with keys that the peer has chosen, for a
-chain of two kilobytes that nobody issued. So the certificates are first taken from the authorities
-downwards: a signature is checked only with the key of an authority, or of a certificate that an
-authority has signed, directly or not.
+A verifier that searches for a path among certificates that sign each other may try very many: the
+verifier of `cryptography` checks more than a hundred signatures, with keys that the peer chose, for
+a forged chain of two kilobytes. So the certificates are first followed from the authorities
+downwards: a signature is checked only with the key of an authority or of a certificate that an
+authority signed, directly or indirectly.
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,9 +22,9 @@ class Authorities:
         self._by_name: Final = _by_name(certificates)
 
     def connected(self, sent: Sequence[x509.Certificate]) -> list[x509.Certificate]:
-        """Those of the issuers that a peer sent from which signatures lead to an authority."""
+        """The issuers sent by a peer whose signatures lead to an authority."""
         if len(sent) == 1 and not _is_self_issued(sent[0]):
-            return list(sent)  # no two ways to go
+            return list(sent)  # only one possible path
         left = list(dict.fromkeys(sent))
         found: list[x509.Certificate] = []
         issuers = self._by_name

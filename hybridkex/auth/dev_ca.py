@@ -30,7 +30,7 @@ _MAX_COMMON_NAME: Final = 64  # characters, RFC 5280 appendix A.1
 
 @dataclass(frozen=True, kw_only=True)
 class _Algorithm:
-    """A kind of keys: how they are made, and how an authority signs with one."""
+    """A key algorithm: how a key is generated, and how an authority signs with it."""
 
     generate: Callable[[], CertificateIssuerPrivateKeyTypes]
     digest: hashes.SHA256 | hashes.SHA384 | hashes.SHA512 | None = None
@@ -82,7 +82,7 @@ class DevCa:
     certificate: x509.Certificate
     private_key: CertificateIssuerPrivateKeyTypes = field(repr=False)
     algorithm: str = "ecdsa"
-    """The kind of the authority's own key."""
+    """The algorithm of the authority's own key."""
     intermediates: tuple[bytes, ...] = field(default=(), repr=False)
     """The intermediate certificates (DER) that follow each certificate it issues."""
 
@@ -96,7 +96,7 @@ class DevCa:
         not_after: datetime | None = None,
         path_length: int | None = 1,
     ) -> "DevCa":
-        """A new root, good for ten years by default.
+        """A new root certificate, valid for ten years by default.
 
         Args:
             name: its common name.
@@ -104,7 +104,7 @@ class DevCa:
                 since `cryptography` accepts Ed25519 in end entities' certificates only.
             not_before: aware; yesterday by default.
             not_after: aware.
-            path_length: how many intermediates may stand in a row below it.
+            path_length: the maximum number of intermediates below it in a path.
 
         Raises:
             ConfigError: the algorithm is unknown, or the dates or the name are invalid.
@@ -147,7 +147,7 @@ class DevCa:
         not_after: datetime | None = None,
         private_key: CertificateIssuerPrivateKeyTypes | None = None,
     ) -> Identity:
-        """A certificate for these DNS names and IP addresses, good for a year by default.
+        """A certificate for these DNS names and IP addresses, valid for a year by default.
 
         Args:
             names: host names (also beyond ASCII, or ``*.example.org``) and IP addresses.
@@ -176,7 +176,7 @@ class DevCa:
             .add_extension(x509.ExtendedKeyUsage(list(usages)), critical=False)
         )
         if alternatives:
-            # Not critical: RFC 5280 section 4.2.1.6 wants that beside a subject.
+            # Not critical: RFC 5280 section 4.2.1.6 says so for certificates with a subject.
             builder = builder.add_extension(
                 x509.SubjectAlternativeName(alternatives), critical=False
             )
@@ -220,7 +220,7 @@ def _builder(
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
     )
     try:
-        # A day back, for a peer whose clock is slow.
+        # A day ago, for peers whose clock is slow.
         builder = builder.not_valid_before(not_before or now - _ONE_DAY)
         return builder.not_valid_after(not_after or now + days * _ONE_DAY)
     except ValueError as error:
@@ -274,13 +274,13 @@ def write_identity(
     The authority's own key is not written.
 
     Raises:
-        ConfigError: a file is there already and ``overwrite`` was not asked for, or one cannot be
-            written; then none of them is.
+        ConfigError: a file exists and ``overwrite`` is false, or one cannot be written; in that
+            case none of them is.
     """
     files = identity_files(directory, ca, identity)
     present = [path for path in files if os.path.lexists(path)]
     if present and not overwrite:
-        raise ConfigError(f"{present[0]} is there already; --force replaces it")
+        raise ConfigError(f"{present[0]} exists already; --force replaces it")
     try:
         write_files(files)
     except OSError as error:

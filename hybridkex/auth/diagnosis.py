@@ -1,7 +1,7 @@
-"""Why a chain was rejected, in plain words.
+"""Explanation of a rejected chain.
 
 The verifier of `cryptography` has rejected the chain. This module walks the chain again and looks
-for the first flaw, in the order in which one would mend them: the chain itself, the dates, the
+for the first flaw, in the order in which a user would fix them: the chain itself, the dates, the
 authorities, the end entity's certificate. It never accepts a chain. Where it finds no flaw, it
 passes on the verifier's message, without its internal details.
 """
@@ -42,7 +42,7 @@ _BROKEN_HASHES: Final = frozenset({"md5", "sha1"})
 
 @value
 class Roots:
-    """The trusted authorities, and where they came from."""
+    """The trusted authorities and their source."""
 
     certificates: tuple[x509.Certificate, ...]
     source: str
@@ -84,7 +84,7 @@ def explain(
 
     Args:
         certificates: what the peer sent, leaf first.
-        roots: whom we trust.
+        roots: the authorities that we trust.
         name: the server's; ``None`` for a client's chain.
         at: the time of the check, aware.
         refusal: what the verifier said.
@@ -92,9 +92,10 @@ def explain(
     try:
         found = _first_finding(certificates, roots, name, at, str(refusal))
     except Exception as error:
-        # Issuers are looked into only now, and they are bytes of the peer's as well.
+        # Issuers are parsed only here, and their bytes come from the peer, too.
         found = _malformed(certificates, roots) or Finding(
-            certificates[0], f"comes with an issuer's that does not parse: {parse_failure(error)}"
+            certificates[0],
+            f"comes with the certificate of an issuer that does not parse: {parse_failure(error)}",
         )
     if found is None:
         found = Finding(
@@ -109,7 +110,7 @@ def _malformed(certificates: Sequence[x509.Certificate], roots: Roots) -> Findin
         try:
             if all(certificate.subject != child.issuer for child in certificates):
                 continue
-        except ValueError:  # a name that does not parse: it cannot be shown
+        except ValueError:  # a name that does not parse cannot be displayed
             continue
         try:
             parse_extensions(certificate)
@@ -154,7 +155,7 @@ def _first_finding(
 def _findings(
     path: Sequence[x509.Certificate], name: PeerName | None, at: datetime, refusal: str
 ) -> Iterator[Finding]:
-    """All that is wrong with a path from the leaf to a trusted certificate, worst first."""
+    """All flaws of a path from the leaf to a trusted certificate, worst first."""
     steps = (
         *(_form(certificate) for certificate in path),
         *(_dates(certificate, at) for certificate in path),
@@ -170,7 +171,8 @@ def _findings(
 
 
 _CHECKS: Final = 32
-"""Signatures that are checked to explain a rejection: each honest chain has fewer."""
+"""The maximum number of signatures that are checked to explain a rejection; honest chains have
+fewer."""
 
 
 def _issuer_of(
@@ -182,7 +184,7 @@ def _issuer_of(
 ) -> x509.Certificate | Finding:
     """The certificate that signed ``child``, or the reason why none did.
 
-    ``checks`` has an item for each signature that may yet be checked.
+    ``checks`` has one item for each signature check that is left.
     """
     flaw = _signature(child)
     if flaw is not None:
@@ -212,8 +214,8 @@ def _issuer_of(
     if named and not any(_names_key_of(child, one) for one in named):
         return Finding(
             child,
-            f"was issued by {issuer}, and the {issuer} known here is another one: same name, "
-            "other key. Was the authority made anew?",
+            f"was issued by {issuer}, and the {issuer} known here has the same name and another "
+            "key. Was the authority created again?",
             Alert.UNKNOWN_CA,
         )
     if named:
@@ -221,7 +223,7 @@ def _issuer_of(
     if child.subject != child.issuer:
         return Finding(
             child,
-            f"was issued by {issuer}, which is not {roots} and which the peer did not send",
+            f"was issued by {issuer}, which is not {roots} and was not sent by the peer",
             Alert.UNKNOWN_CA,
         )
     if child is path[0]:
@@ -255,7 +257,7 @@ def _signature_form(certificate: x509.Certificate) -> Finding | None:
     ):
         return _unsupported(
             certificate,
-            "names its RSA signature algorithm without the NULL that RFC 4055 section 5 wants",
+            "names its RSA signature algorithm without the NULL that RFC 4055 section 5 requires",
         )
     return None
 
@@ -284,8 +286,8 @@ def _form(certificate: x509.Certificate) -> Finding | None:
         if moment.year < 2050 and f"{moment:%Y%m%d%H%M%SZ}".encode() in _head(certificate):
             return Finding(
                 certificate,
-                "has a date before 2050 as GeneralizedTime, where RFC 5280 section 4.1.2.5 wants "
-                "UTCTime",
+                "has a date before 2050 as GeneralizedTime, where RFC 5280 section 4.1.2.5 "
+                "requires UTCTime",
             )
     return None
 
@@ -297,7 +299,7 @@ def _head(certificate: x509.Certificate) -> bytes:
 
 
 def _names_key_of(child: x509.Certificate, issuer: x509.Certificate) -> bool:
-    """Whether the child's authority key identifier is the issuer's, as far as they say."""
+    """Whether the child's authority key identifier matches the issuer; true if either is absent."""
     wanted = _extension(child, x509.AuthorityKeyIdentifier)
     own = _extension(issuer, x509.SubjectKeyIdentifier)
     return wanted is None or own is None or wanted.key_identifier in (None, own.digest)
@@ -382,14 +384,14 @@ def _extensions(certificate: x509.Certificate) -> Finding | None:
     if policies is not None and policies.require_explicit_policy is not None:
         return _unsupported(
             certificate,
-            "demands that certificate policies are processed (policyConstraints, "
+            "requires certificate policies to be processed (policyConstraints, "
             "requireExplicitPolicy), which is not supported",
         )
     if _extension(certificate, x509.PrecertPoison) is not None:
         return _unsupported(
             certificate,
-            "is a precertificate, made for a Certificate Transparency log (RFC 6962); it has a "
-            "critical extension that keeps it from being used",
+            "is a precertificate, made for a Certificate Transparency log (RFC 6962); its critical "
+            "extension forbids its use",
         )
     for extension in certificate.extensions:
         if extension.critical and extension.oid not in _PROCESSED:
@@ -401,7 +403,7 @@ def _extensions(certificate: x509.Certificate) -> Finding | None:
 
 
 def _leaf(leaf: x509.Certificate, *, server: bool) -> Finding | None:
-    """The reason why a certificate cannot be an end entity's in this role."""
+    """Why a certificate cannot be an end-entity certificate in this role."""
     side, wanted = _role(server)
     usages = _extension(leaf, x509.ExtendedKeyUsage)
     if usages is not None and wanted not in usages:
@@ -430,13 +432,14 @@ def _constraints(below: Sequence[x509.Certificate], refusal: str) -> Finding | N
             form = "a leading dot" if tree.value else "an empty DNS name"
             return _unsupported(
                 certificate,
-                f"has nameConstraints with {form}, which RFC 5280 section 4.2.1.10 does not have "
+                f"has nameConstraints with {form}, which RFC 5280 section 4.2.1.10 does not define "
                 "for DNS names and which is not supported",
             )
         if isinstance(tree, x509.DNSName) and not _DNS_CONSTRAINT.fullmatch(tree.value):
             return _unsupported(
                 certificate,
-                f"has nameConstraints with {printable(tree.value, most=255)}, which is no DNS name",
+                f"has nameConstraints with {printable(tree.value, most=255)}, which is not a DNS "
+                "name",
             )
     if "unsupported" in refusal:
         kinds = sorted(
@@ -501,22 +504,22 @@ def _name(leaf: x509.Certificate, name: PeerName) -> Finding | None:
     if isinstance(name, DnsName) and "_" in name.a_label:
         return Finding(
             leaf,
-            f"cannot be checked for {name}: a name with an underscore is no host name (RFC 5280 "
+            f"cannot be checked for {name}: a name with an underscore is not a host name (RFC 5280 "
             "section 4.2.1.6). Check it for another name, or pin its key",
         )
     names, alternatives = names_of(leaf), _extension(leaf, x509.SubjectAlternativeName)
     if not names or alternatives is None:
         return Finding(
             leaf,
-            f"has no subjectAltName, so it is not for {name}; a common name does not count "
-            "(RFC 9525 section 2)",
+            f"has no subjectAltName, so it is not for {name}; the common name is not used (RFC "
+            "9525 section 2)",
         )
     if isinstance(name, DnsName):
         covered = any(covers(one, name) for one in names)
     else:
         covered = name.address in alternatives.get_values_for_type(x509.IPAddress)
         if not covered and str(name) in names:
-            return Finding(leaf, f"has {name} as a DNS name, and not as an IP address")
+            return Finding(leaf, f"has {name} as a DNS name, not as an IP address")
     if not covered:
         return Finding(leaf, f"is for {_some(names)}, not for {name}")
     return None

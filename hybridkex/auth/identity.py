@@ -59,7 +59,7 @@ class Identity:
         right = 'Identity.from_files("cert.pem", "key.pem")'
         check_fields(self, {"chain": right, "private_key": right})
         if not self.chain:
-            raise ConfigError("an identity has at least one certificate")
+            raise ConfigError("an identity needs at least one certificate")
         try:
             certificates = [certificate_from_der(der) for der in self.chain]
             object.__setattr__(self, "names", names_of(certificates[0]))
@@ -136,7 +136,7 @@ class Identity:
         """From PEM files.
 
         Raises:
-            ConfigError: as with :meth:`from_pem`, and it names the file.
+            ConfigError: as for :meth:`from_pem`; the message names the file.
         """
         read = [read_file(path) for path in (certificates, key)]
         try:
@@ -157,11 +157,12 @@ class Identity:
             chain = certificates_from_pem(chain_pem)
         except UNREADABLE as error:
             raise ConfigError(
-                f"{chain_name} is no certificate in PEM form: {parse_failure(error)}"
+                f"{chain_name} is not a certificate in PEM form: {parse_failure(error)}"
             ) from None
         dates = not_valid_today(chain[0])
         if dates is not None:
             raise ConfigError(f"our own certificate {subject_of(chain[0])} {dates}")
         private_key = load_private_key(key_pem, password, key_name)
-        # What is no key of a certificate (X25519, say) does not fit the leaf, and is told so there.
+        # A key that no certificate can have (X25519, for example) is refused when it is compared
+        # with the leaf.
         return cls(tuple(one.public_bytes(Encoding.DER) for one in chain), private_key)

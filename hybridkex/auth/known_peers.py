@@ -1,14 +1,13 @@
-"""Trust on first use: a file of names and the keys that they had, as SSH's ``known_hosts``.
+"""Trust on first use: a file of names and their keys, like SSH's ``known_hosts``.
 
 A line is a name, a space, and the key (SubjectPublicKeyInfo in DER, in base64); ``#`` at the start
 of a line or after a space begins a comment. A name may have several keys. The first connection to a
-name is trusted blindly; every later one must show a key that is in the file. An attacker must
-therefore intercept the first connection and every later one.
+name is trusted without verification; every later one must present a key from the file. An attacker
+must therefore intercept the first connection and every later one.
 
-Names are compared in one canonical form (:func:`canonical_peer_name`):
-``Server.Example``, ``server.example.`` and ``server.example`` are one name, and so are all
-spellings of an IPv6 address. A file with a line that has no canonical name, or no key, trusts
-nobody.
+Names are compared in one canonical form (:func:`canonical_peer_name`): ``Server.Example``,
+``server.example.`` and ``server.example`` are one name, and so are all spellings of an IPv6
+address. If any line lacks a canonical name or a key, nobody is trusted.
 """
 
 import base64
@@ -40,14 +39,14 @@ _LINE: Final = re.compile(r"(?P<name>[^ \t]+)[ \t]+(?P<key>[A-Za-z0-9+/]+=*)")
 
 @dataclass(frozen=True)
 class KnownPeers:
-    """Servers by the key that they showed first, clients by the keys that are in the file.
+    """Verifies servers by the key that they presented first, and clients by the keys in the file.
 
-    The file is read when this object is made and by :meth:`refresh`; to verify a key does no input
-    or output. The file is replaced as a whole, under a lock, and only when the session with a new
-    peer has been authorized; a crash leaves the old file or the new one.
+    The file is read when this object is made and by :meth:`refresh`; verification does no I/O. The
+    file is replaced atomically, under a lock, and only after the session with a new peer has been
+    authorized.
 
     Args:
-        path: the file; it need not be there yet.
+        path: the file; it need not exist yet.
         accept_new: whether a name that is not in the file is trusted and remembered.
 
     Raises:
@@ -75,10 +74,10 @@ class KnownPeers:
     def verify_server_key(
         self, spki: bytes, name: PeerName | None, *, at: datetime | None = None
     ) -> VerifiedPeer:
-        """Accept a key that the file has for this name, or any key where the name is new."""
+        """Accept a key that the file has for this name, or any key if the name is new."""
         if name is None:
             raise CertificateRejected(
-                "a server's key is known by the server's name; pass server_hostname"
+                "known keys of servers are found by name; pass server_hostname"
             )
         peer = read_raw_key(spki, (str(name),))
         known = [key for entry, key in self._entries() if entry == str(name)]
@@ -88,14 +87,14 @@ class KnownPeers:
             raise self._another_key(str(name), peer)
         if not self.accept_new:
             raise CertificateRejected(
-                f"{name} is not in {self.path}; it showed the key {peer.pin}",
+                f"{name} is not in {self.path}; it presented the key {peer.pin}",
                 alert=Alert.CERTIFICATE_UNKNOWN,
                 subject=peer.subject,
             )
         return VerifiedPeer(PROOF, peer, "first use", partial(self._remember, str(name), peer))
 
     def verify_client_key(self, spki: bytes, *, at: datetime | None = None) -> VerifiedPeer:
-        """Accept a key that is in the file. A client gives no name, so no client is new."""
+        """Accept a key that is in the file. A client sends no name, so a new client is refused."""
         names = tuple(name for name, key in self._entries() if key == spki)
         peer = read_raw_key(spki, names)
         if not names:
@@ -107,14 +106,14 @@ class KnownPeers:
         return VerifiedPeer(PROOF, peer, "known")
 
     def add(self, name: str, spki: bytes) -> None:
-        """Put a key into the file, beside those that the name may have already.
+        """Add a key to the file, in addition to those that the name may already have.
 
         Args:
             name: a host name, an IP address or a URI, in any spelling.
             spki: the key, as SubjectPublicKeyInfo in DER.
 
         Raises:
-            ConfigError: there is no such name or key, or the file cannot be read or written.
+            ConfigError: the name or the key is invalid, or the file cannot be read or written.
         """
         name = _entry_name(name)
         try:
@@ -134,7 +133,7 @@ class KnownPeers:
         _replace(self.path, f"{text}{name} {base64.b64encode(spki).decode('ascii')}\n")
 
     def _remember(self, name: str, peer: PeerRawKey) -> None:
-        """Write a first use. That the file cannot be written does not undo the session."""
+        """Write the key of a new peer. If the file cannot be written, the session continues."""
         try:
             with _locked(self.path):
                 known = [key for entry, key in _read(self.path) if entry == name]
@@ -146,13 +145,13 @@ class KnownPeers:
         finally:
             self.refresh()
         if known and peer.spki not in known:
-            # Another connection, or another process, met the name first, and another key.
+            # Another connection or process stored another key for the name in the meantime.
             raise self._another_key(name, peer)
 
     def _another_key(self, name: str, peer: PeerRawKey) -> CertificateRejected:
         return CertificateRejected(
-            f"{name} has another key than the one in {self.path}: an attacker may be in between, "
-            f"or the server has a new key; it showed {peer.pin}",
+            f"{name} has another key than the one in {self.path}: an attacker may be intercepting "
+            f"the connection, or the server has a new key; it presented {peer.pin}",
             alert=Alert.CERTIFICATE_UNKNOWN,
             subject=peer.subject,
         )
@@ -160,7 +159,7 @@ class KnownPeers:
     def _entries(self) -> "_Entries":
         entries = self._snapshot.entries
         if isinstance(entries, ConfigError):
-            # A store that was read in part may lack the key that matters.
+            # A partly read file may lack the key that matters.
             raise CertificateRejected(str(entries), alert=Alert.INTERNAL_ERROR)
         return entries
 
@@ -184,7 +183,9 @@ def _read(path: Path) -> _Entries:
             continue
         match = _LINE.fullmatch(line)
         if match is None:
-            raise ConfigError(f"{path}, line {number}: not a name, a space and a key in base64")
+            raise ConfigError(
+                f"{path}, line {number}: it must have a name, a space and a key in base64"
+            )
         try:
             entries.append((_entry_name(match["name"]), base64.b64decode(match["key"])))
         except binascii.Error:
@@ -195,17 +196,17 @@ def _read(path: Path) -> _Entries:
 
 
 def _entry_name(text: str) -> str:
-    """The one spelling in which names are written, read and compared."""
+    """The canonical form in which names are written, read and compared."""
     name = canonical_peer_name(text)
     if name.startswith((PIN, "*.")):
-        raise ConfigError(f"{text!r} is not the name of one peer")
+        raise ConfigError(f"{text!r} is not the name of a single peer")
     return name
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Only one process at a time changes the file; the lock is a file of its own, since the file
-    itself is replaced."""
+    """One process at a time changes the file; the lock is a separate file, since the file itself is
+    replaced."""
     lock = path.with_name(f".{path.name}.lock")
     with contextlib.ExitStack() as stack:
         with writing(lock):

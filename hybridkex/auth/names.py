@@ -13,16 +13,16 @@ from hybridkex.errors import ConfigError
 from hybridkex.fields import described
 
 PIN: Final = "sha256:"
-"""The prefix of the SHA-256 of a key in a list of names."""
+"""The prefix of a key's SHA-256 in a list of names."""
 
-# Letters, digits, hyphens (RFC 1123 section 2.1). Names with underscores are not host names,
-# but container networks use them; certificates cannot be verified for them, pins can.
+# Letters, digits, hyphens (RFC 1123 section 2.1). Names with underscores are not host names, but
+# container networks use them; only pins can be verified for them, not certificates.
 _LABEL: Final = r"(?!-)[a-z0-9_-]{1,63}(?<!-)"
 _LABELS: Final = re.compile(rf"{_LABEL}(\.{_LABEL})*")
 _MAX_NAME: Final = 253
 _REMEMBERED: Final = 256
-"""Names that are kept as parsed: a handshake takes its own at the client and again at the
-server."""
+"""The number of parsed names in the cache: client and server each parse the name in every
+handshake."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ def parse_peer_name(text: str) -> PeerName:
     ``[::1]``.
 
     Names beyond ASCII become A-labels by IDNA 2008 with the mapping of UTS #46 (RFC 5891, RFC 9525
-    section 6.3). A trailing dot goes, and so does the scope of an IPv6 address: it says through
-    which interface of this machine, which no certificate names.
+    section 6.3). A trailing dot is removed, and so is the scope of an IPv6 address: it names an
+    interface of this machine and is never in a certificate.
 
     Raises:
         ConfigError: it is neither a host name nor an address.
@@ -67,7 +67,7 @@ def parse_peer_name(text: str) -> PeerName:
 def _parsed(text: str) -> PeerName:
     bracketed = text.startswith("[") and text.endswith("]")
     bare = text[1:-1] if bracketed else text
-    # Every IPv4 address ends in a digit: most host names need not be tried as one.
+    # Every IPv4 address ends in a digit, so most host names need no attempt.
     if bracketed or ":" in bare or bare[-1:].isdigit():
         try:
             return IpAddress(ipaddress.ip_address(bare.partition("%")[0] if ":" in bare else bare))
@@ -76,7 +76,7 @@ def _parsed(text: str) -> PeerName:
                 raise ConfigError(f"{text!r} is not an IPv6 address in brackets") from None
     name = text.removesuffix(".")
     if not name:
-        raise ConfigError("a host name is needed, and this one is empty")
+        raise ConfigError("a host name must not be empty")
     try:
         label = name.lower() if name.isascii() else idna.encode(name, uts46=True).decode("ascii")
         label = label.removesuffix(".")  # UTS #46 maps other full stops to this one.
@@ -85,15 +85,15 @@ def _parsed(text: str) -> PeerName:
     if len(label) > _MAX_NAME or not _LABELS.fullmatch(label):
         raise ConfigError(f"{text!r} is not a host name")
     if label.rpartition(".")[2].isdigit():
-        # Resolvers read "127.1" as an address: a name must not mean one thing to them and another
-        # to the certificate.
+        # Resolvers read "127.1" as an address, so it must not be compared with certificates as a
+        # name.
         raise ConfigError(f"{text!r} is neither a host name nor a complete IP address")
     return DnsName(label)
 
 
 def _check_text(text: str) -> None:
     if not isinstance(text, str):
-        raise ConfigError(f"a name is a str, not {described(text)}")
+        raise ConfigError(f"a name must be a str, not {described(text)}")
 
 
 _URI: Final = re.compile(r"[a-z][a-z0-9+.-]*:[!-~]+", re.IGNORECASE)
@@ -101,10 +101,10 @@ _URI: Final = re.compile(r"[a-z][a-z0-9+.-]*:[!-~]+", re.IGNORECASE)
 
 
 def canonical_peer_name(text: str) -> str:
-    """The one spelling of a name that a peer may be known by, for lists of names.
+    """The canonical form of a peer's name, for lists of names.
 
     Host names and IP addresses become what :func:`parse_peer_name` makes of them; a wildcard
-    (``*.example.org``) keeps its asterisk. A URI stays as it is. ``sha256:`` and 64 hexadecimal
+    (``*.example.org``) keeps its asterisk. A URI is unchanged. ``sha256:`` and 64 hexadecimal
     digits stand for a key (see :func:`~hybridkex.auth.spki_sha256`) and become lower case.
 
     Two names are the same if and only if this function returns the same text for both: DNS names
@@ -133,10 +133,11 @@ def canonical_peer_name(text: str) -> str:
 
 
 def covers(presented: str, name: PeerName) -> bool:
-    """Whether a name of a certificate stands for ``name`` (RFC 9525 section 6.3).
+    """Whether a name of a certificate matches ``name`` (RFC 9525 section 6.3).
 
-    A wildcard is the whole of the leftmost label and stands for one label. This chooses between
-    our own certificates and words errors; `cryptography`'s verifier decides about a peer's.
+    A wildcard is the whole leftmost label and matches one label. This function chooses between our
+    own certificates and is used for error messages; `cryptography`'s verifier decides about a
+    peer's certificate.
     """
     if isinstance(name, IpAddress):
         return presented == str(name)
@@ -147,10 +148,10 @@ def covers(presented: str, name: PeerName) -> bool:
 
 
 def any_covers(presented: Iterable[str], name: str | PeerName) -> bool:
-    """Whether one of our own names stands for what a client asks for."""
+    """Whether one of our own names matches the name that a client asks for."""
     if isinstance(name, str):
         try:
             name = parse_peer_name(name)
         except ConfigError:
-            return False  # A client may ask for any bytes; there is no identity for these.
+            return False  # A client may send any bytes; no identity matches these.
     return any(covers(one, name) for one in presented)

@@ -1,4 +1,4 @@
-"""Raw public keys (RFC 7250): keys that stand alone, without a certificate."""
+"""Raw public keys (RFC 7250): keys without a certificate."""
 
 import hashlib
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ from hybridkex.fields import described
 from hybridkex.files import read_file
 
 MAX_SPKI: Final = 1 << 20
-"""Bytes of a key that we parse; the largest of liboqs's signatures have 400 KB."""
+"""The maximum length of a key in bytes; the largest public keys in liboqs have about 400 KB."""
 
 
 def _weakness(key: Any) -> str | None:
@@ -38,7 +38,7 @@ def _weakness(key: Any) -> str | None:
 class PeerRawKey:
     """A peer's raw public key, with the names under which it was trusted.
 
-    It has the attributes of a :class:`~hybridkex.auth.PeerCertificate` that a key can have.
+    It has those attributes of :class:`~hybridkex.auth.PeerCertificate` that apply to a key.
     """
 
     certificate_type: ClassVar[CertificateType] = CertificateType.RAW_PUBLIC_KEY
@@ -46,7 +46,7 @@ class PeerRawKey:
     spki: bytes
     """SubjectPublicKeyInfo in DER."""
     vouched: tuple[str, ...] = ()
-    """The names under which the trust store has it."""
+    """The names for which the trust store has it."""
 
     @property
     def chain(self) -> tuple[bytes, ...]:
@@ -87,7 +87,7 @@ class PeerRawKey:
 
 
 def read_raw_key(spki: bytes, vouched: tuple[str, ...] = ()) -> PeerRawKey:
-    """Parse what a peer sent.
+    """Parse the key that a peer sent.
 
     Raises:
         CertificateRejected: the bytes are not a key, or the key is not acceptable.
@@ -103,7 +103,7 @@ def read_raw_key(spki: bytes, vouched: tuple[str, ...] = ()) -> PeerRawKey:
             alert=Alert.UNSUPPORTED_CERTIFICATE,
         ) from None
     except Exception as error:
-        # The peer chose these bytes: whatever the parser raises, the answer is the same.
+        # The peer chose these bytes: the result is the same for every exception of the parser.
         raise CertificateRejected(f"the peer's raw public key does not parse: {error}") from None
     weakness = _weakness(key)
     if weakness is not None:
@@ -157,7 +157,7 @@ class RawIdentity:
 
     @property
     def pin(self) -> str:
-        """SHA-256 of the public key in hex, for the peer's trust."""
+        """SHA-256 of the public key in hex, for the peer's configuration."""
         return self.peer_view.pin
 
     def matches(self, name: str | PeerName) -> bool:
@@ -199,7 +199,7 @@ class RawIdentity:
         """From a file with a private key in PEM.
 
         Raises:
-            ConfigError: as with :meth:`from_pem`, and it names the file.
+            ConfigError: as for :meth:`from_pem`; the message names the file.
         """
         pem = read_file(path)
         try:

@@ -1,4 +1,4 @@
-"""The authorities that this machine trusts."""
+"""The certificate authorities that this machine trusts."""
 
 import os
 import ssl
@@ -21,17 +21,17 @@ _FILES: Final = (
     "/etc/ssl/cert.pem",  # macOS, the BSDs
 )
 _DIRECTORIES: Final = ("/etc/ssl/certs", "/etc/pki/tls/certs")
-"""Where distributions keep them. A Python that was built elsewhere may not know them."""
+"""The paths used by distributions; a Python built elsewhere may not know them."""
 
 
 def system_roots() -> tuple[list[x509.Certificate], str]:
-    """The trusted authorities and where they are from.
+    """The trusted authorities and their source.
 
     ``SSL_CERT_FILE`` (a PEM file) and ``SSL_CERT_DIR`` (directories of them, separated as in
     ``PATH``) replace the system's, if one of them is set.
 
     Raises:
-        ConfigError: there are none, or a place that the environment names is not there.
+        ConfigError: there are none, or a path in the environment variables does not exist.
     """
     file, directories = os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")
     if file or directories:
@@ -39,7 +39,9 @@ def system_roots() -> tuple[list[x509.Certificate], str]:
         places += [Path(one) for one in (directories or "").split(os.pathsep) if one]
         for place in places:
             if not place.exists():
-                raise ConfigError(f"{place}, named by SSL_CERT_FILE or SSL_CERT_DIR, is not there")
+                raise ConfigError(
+                    f"{place}, named by SSL_CERT_FILE or SSL_CERT_DIR, does not exist"
+                )
         roots = _load(places)
         source = " and ".join(map(str, places))
         if not roots:

@@ -10,7 +10,7 @@ from hybridkex.auth.names import PIN, PeerName
 from hybridkex.auth.raw_keys import PeerRawKey
 
 PROOF: Final = object()
-"""Known only to the verifiers in :mod:`hybridkex.auth`."""
+"""A token that only the verifiers in :mod:`hybridkex.auth` use."""
 
 Presented: TypeAlias = PeerCertificate | PeerRawKey
 """A peer's credential: a chain of certificates, or a raw public key (RFC 7250)."""
@@ -24,11 +24,11 @@ class VerifiedPeer:
     proof: InitVar[object]
     certificate: Presented
     verified_by: Literal["ca", "pin", "known", "first use", "openpgp", "insecure"]
-    """``ca`` where authorities vouched for it (and pins, if there are any, fitted as well)."""
+    """``ca`` if an authority vouched for it (and the pins, if any, matched too)."""
     remember: Callable[[], None] | None = field(default=None, repr=False, compare=False)
     """Writes the peer's key to a store; a shell calls it, in a worker thread, once the peer has
     proved that it holds the key and the session has been authorized. Raises ``CertificateRejected``
-    where the store meanwhile has another key for the peer."""
+    if the store now has another key for the peer."""
 
     def __post_init__(self, proof: object) -> None:
         if proof is not PROOF:
@@ -41,11 +41,11 @@ class VerifiedPeer:
 
     @property
     def vouched_names(self) -> tuple[str, ...]:
-        """The canonical names that a trusted party vouches for. Base decisions on these alone.
+        """The canonical names that a trusted party vouches for. Base decisions only on these.
 
-        Of a certificate that an authority signed, the DNS names, IP addresses and URIs in the
-        subjectAltName; of a raw key, the names under which the trust store has it. None where the
-        key is pinned or nothing was verified: such a peer writes its own names.
+        For a certificate signed by an authority: the DNS names, IP addresses and URIs in its
+        subjectAltName; for a raw key: the names for which the trust store has it. Empty if the key
+        is pinned or nothing was verified, since such a peer chooses its own names.
         """
         return () if self.verified_by in ("pin", "insecure") else self.certificate.vouched
 
@@ -53,9 +53,9 @@ class VerifiedPeer:
         """Whether a list of names contains the peer.
 
         Args:
-            names: canonical (:func:`~hybridkex.auth.names.canonical_peer_name`); ``sha256:`` and
-                a pin means the peer's key, whatever vouches for it, since the peer has proved that
-                it holds this key.
+            names: canonical (:func:`~hybridkex.auth.names.canonical_peer_name`); ``sha256:`` and a
+                pin means the peer's key, however it was accepted, since the peer has proved
+                possession of it.
         """
         return PIN + self.certificate.pin in names or any(
             name in names for name in self.vouched_names
@@ -112,11 +112,11 @@ class ClientKeyVerifier(Protocol):
 
 @runtime_checkable
 class Refreshable(Protocol):
-    """A verifier that decides by files which change while it is in use."""
+    """A verifier that uses files which may change while it is in use."""
 
     def refresh(self) -> None:
         """Read the files again.
 
-        A shell calls this, in a worker thread, before each handshake; the engine never does.
-        Raises nothing. If a file cannot be read, the verifier accepts nobody.
+        A shell calls this, in a worker thread, before each handshake; the engine never does. Raises
+        nothing. If a file cannot be read, the verifier accepts no peer.
         """

@@ -1,8 +1,8 @@
 """Verifiers of certificates: by authorities, by pins, or without verification.
 
-The verifier of `cryptography` alone accepts a chain (RFC 5280 section 6). This module gives it the
-chain and the trusted authorities, checks what it leaves out (the strength of the leaf's key), and
-has :mod:`~hybridkex.auth.diagnosis` explain a rejection. Revocation is not checked.
+The verifier of `cryptography` alone accepts a chain (RFC 5280 section 6). This module passes it the
+chain and the trusted authorities, checks the strength of the leaf's key, which it does not check,
+and has :mod:`~hybridkex.auth.diagnosis` explain a rejection. Revocation is not checked.
 """
 
 import base64
@@ -47,7 +47,7 @@ from hybridkex.files import read_file
 
 
 class _PolicyMappings(x509.ExtensionType):
-    """RFC 5280 section 4.2.1.5, which the library has no class for."""
+    """RFC 5280 section 4.2.1.5; the library has no class for it."""
 
     oid = x509.ObjectIdentifier("2.5.29.33")
 
@@ -88,10 +88,10 @@ def _no_bounds(
 def _authority_policy() -> ExtensionPolicy:
     """The extensions that an issuer must and may have.
 
-    The library's defaults are the Web's rules. Some of them refuse what private authorities make
-    every day and RFC 5280 section 6 lets pass: basicConstraints that is not critical, an authority
-    without keyUsage (``openssl req -x509``), critical extensions about policies. Their content
-    still counts.
+    The library's defaults are the rules of the Web PKI. Some of them refuse certificates that
+    private authorities often issue and RFC 5280 section 6 accepts: basicConstraints that is not
+    critical, an authority without keyUsage (``openssl req -x509``), critical policy extensions. The
+    content of these extensions is still checked.
     """
     either = Criticality.AGNOSTIC
     return _with_policies(
@@ -107,7 +107,7 @@ def _with_policies(policy: ExtensionPolicy) -> ExtensionPolicy:
     either = Criticality.AGNOSTIC
     for kind in (x509.CertificatePolicies, x509.InhibitAnyPolicy, _PolicyMappings):
         policy = policy.may_be_present(kind, either, None)
-    # Revocation is not checked, so the place to look for it does not matter.
+    # Revocation is not checked, so distribution points are ignored.
     policy = policy.may_be_present(x509.CRLDistributionPoints, either, None)
     return policy.may_be_present(x509.PolicyConstraints, either, _needs_no_policy)
 
@@ -115,10 +115,11 @@ def _with_policies(policy: ExtensionPolicy) -> ExtensionPolicy:
 def _leaf_policies() -> tuple[ExtensionPolicy, ExtensionPolicy]:
     """The extensions that the certificates of servers and clients must and may have.
 
-    Wider than the Web's rules: no authorityKeyIdentifier, extendedKeyUsage or subjectAltName marked
-    critical (``trustme``), the certificate of an authority as a server's own (``openssl req
-    -x509``). A client may have no subjectAltName; a server must, and the library matches its name.
-    Whether the key may sign a handshake was checked when the chain was read.
+    Less strict than the rules of the Web PKI: no authorityKeyIdentifier, extendedKeyUsage or
+    subjectAltName marked critical (``trustme``), an authority's certificate used by a server
+    (``openssl req -x509``). A client certificate may lack a subjectAltName; a server's must have
+    one, and the library matches the name. Whether the key may sign a handshake was checked when the
+    chain was read.
     """
     either = Criticality.AGNOSTIC
     leaf = (
@@ -141,12 +142,12 @@ _SERVER, _CLIENT = _leaf_policies()
 
 
 _MAX_KEPT: Final = 64
-"""Results of verifications that a trust store keeps."""
+"""The number of cached verification results of a trust store."""
 
 
 @dataclass(frozen=True)
 class _Kept:
-    """The result of a verification, and the time in which every certificate of its path is
+    """The result of a verification, and the period in which all certificates of its path are
     valid."""
 
     peer: VerifiedPeer
@@ -156,12 +157,12 @@ class _Kept:
 
 @dataclass(frozen=True)
 class TrustStore:
-    """Certificates of authorities that we trust, for servers by name and for clients.
+    """Verifies servers (by name) and clients by the certificates of trusted authorities.
 
     Args:
         authorities: the roots. A self-signed certificate of an end entity is trusted, too.
         pins: if not empty, the leaf's key must also be one of these (see :class:`Pins`).
-        source: where the authorities are from, for errors.
+        source: the source of the authorities, for messages.
 
     Raises:
         ConfigError: there is no authority, or a pin is malformed.
@@ -182,7 +183,7 @@ class TrustStore:
 
     @classmethod
     def from_pem(cls, data: bytes, *, pins: Iterable[str] = (), source: str = "") -> "TrustStore":
-        """From PEM certificates in a row."""
+        """From concatenated PEM certificates."""
         try:
             authorities = certificates_from_pem(data)
         except UNREADABLE as error:
@@ -199,7 +200,7 @@ class TrustStore:
 
     @classmethod
     def system(cls, *, pins: Iterable[str] = ()) -> "TrustStore":
-        """This machine's authorities; ``SSL_CERT_FILE`` and ``SSL_CERT_DIR`` replace them."""
+        """The authorities of this machine, or those in ``SSL_CERT_FILE`` and ``SSL_CERT_DIR``."""
         authorities, source = system_roots()
         return cls(tuple(authorities), _normal_pins(pins), source)
 
@@ -220,11 +221,11 @@ class TrustStore:
     def _verify(
         self, chain: tuple[bytes, ...], name: PeerName | None, at: datetime | None
     ) -> VerifiedPeer:
-        """Verify a server's chain for ``name``, or a client's where it is ``None``.
+        """Verify a server's chain for ``name``, or a client's if it is ``None``.
 
-        The result is kept. A kept result is used again only by this object, whose authorities and
-        pins never change, for the same bytes and the same name, and only while every certificate of
-        the path is valid: path validation depends on nothing else.
+        The result is cached in this object, whose authorities and pins never change, for the same
+        bytes and name and only while all certificates of the path are valid: path validation
+        depends on nothing else.
         """
         now = datetime.now(UTC) if at is None else at.astimezone(UTC)
         kept = self._kept.get((chain, name))
@@ -236,7 +237,7 @@ class TrustStore:
             path = self._path(certificates, name, now)
             not_before = max(one.not_valid_before_utc for one in path)
             not_after = min(one.not_valid_after_utc for one in path)
-        # ValueError: a name that no certificate can have, a date of the year 0.
+        # ValueError: a name that no certificate can have, or a date in the year 0.
         except (VerificationError, ValueError) as error:
             raise explain(
                 certificates, roots=self._roots, name=name, at=now, refusal=error
@@ -292,12 +293,11 @@ class TrustStore:
 
 @dataclass(frozen=True)
 class Pins:
-    """Pinned keys. Authorities, names and dates are not checked.
+    """Verifies peers by pinned keys. Authorities, names and dates are not checked.
 
-    A key may come in a certificate or raw (RFC 7250): the pin is the same.
-
-    A pin is the promise that this very key is the peer's, and the handshake proves that the peer
-    has it; the certificate around it adds nothing, as in RFC 7671 section 5.1 (DANE-EE).
+    The key may be in a certificate or raw (RFC 7250); the pin is the same. A pin states that this
+    key is the peer's, and the handshake proves possession of it; as in RFC 7671 section 5.1
+    (DANE-EE), the rest of the certificate is not used.
 
     Args:
         pins: SHA-256 of the leaf's SubjectPublicKeyInfo, in hex (colons allowed) or in base64 as
@@ -312,7 +312,7 @@ class Pins:
     def __post_init__(self) -> None:
         object.__setattr__(self, "pins", _normal_pins(self.pins))
         if not self.pins:
-            raise ConfigError("at least one pin is needed")
+            raise ConfigError("at least one pin is required")
 
     def verify_server(
         self, chain: Sequence[bytes], name: PeerName | None, *, at: datetime | None = None
@@ -342,7 +342,8 @@ class Pins:
 
 @dataclass(frozen=True)
 class InsecureNoVerification:
-    """Accepts every certificate that parses: an attacker in the middle can read and change all."""
+    """Accepts every certificate that parses, so an attacker in the middle can read and change all
+    data."""
 
     def verify_server(
         self, chain: Sequence[bytes], name: PeerName | None, *, at: datetime | None = None
@@ -377,7 +378,7 @@ def _require_pin(peer: Presented, pins: frozenset[str]) -> None:
 
 
 def _normal_pins(pins: Iterable[str]) -> frozenset[str]:
-    """Pins in one spelling. Raises ``ConfigError``, also for a single string: a row of letters."""
+    """Pins in canonical form. Raises ``ConfigError``, also for a single string."""
     if isinstance(pins, str | bytes | type) or not isinstance(pins, Iterable):
         raise ConfigError(
             f"pins are given as a set or a list of strings, not {described(pins)}; write, for "
@@ -389,7 +390,7 @@ def _normal_pins(pins: Iterable[str]) -> frozenset[str]:
 def _normal_pin(pin: str) -> str:
     if not isinstance(pin, str):
         raise ConfigError(f"a pin is a string, not {described(pin)}")
-    # In base64, the first character may be a slash, too.
+    # In base64 the first character may also be a slash.
     text = re.sub(r"^sha256(//|/|:)(?=.{44}$|[\da-fA-F:]+$)", "", pin.strip())
     bare = text.replace(":", "")
     try:

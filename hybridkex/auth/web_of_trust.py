@@ -13,10 +13,9 @@ the user trusts endorse keys, and cannot introduce other people. The user choose
 must agree. Nothing is fetched from a network: endorsements are files that people send each other.
 
 A text is accepted exactly as :func:`endorsement` writes it (lines may end with CRLF, and the last
-one without). Time counts when a key is verified, not when the files
-are read: the last day of the endorsement, the expiry of the person's certificate and the expiry of
-the signature. The caller gives the time for the first two; Sequoia checks the third by the clock of
-the system.
+line end may be missing). Dates are checked when a key is verified, not when the files are read: the
+last day of the endorsement, the expiry of the person's certificate and the expiry of the signature.
+The caller gives the time for the first two; Sequoia checks the third by the clock of the system.
 """
 
 import re
@@ -94,7 +93,7 @@ class WebOfTrust:
     statements: tuple[bytes, ...] = field(repr=False)
     needed: int = 1
     endorsements: tuple[Endorsement, ...] = field(init=False)
-    """Those that trusted people signed, whether they count now or not."""
+    """The endorsements by trusted people, including expired ones."""
     _certificates: dict[str, Any] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -169,8 +168,8 @@ class WebOfTrust:
         return tuple(name for name, people in by.items() if len(people) >= self.needed)
 
     def _counts(self, one: Endorsement, now: datetime) -> bool:
-        """Whether its day has not passed, the certificate has not expired, and the signature is
-        valid still."""
+        """Whether its last day has not passed, the certificate has not expired, and the signature
+        is still valid."""
         certificate = self._certificates[one.by]
         expiration: datetime | None = certificate.expiration
         if expiration is not None and expiration.tzinfo is None:

@@ -87,8 +87,8 @@ COMMANDS: Final = {
             "qkd scan --vary block_bits=1e5,1e6 --dask tcp://host:8786 -o c.json",
         ],
         notes="Settings: preset, distance_km, block_bits, eve, finite_key, leak, tuned, "
-        "max_qber, tolerance, decoy_check, and every field of the channel, the source "
-        "and the security. See docs/qkd-link.md.",
+        "max_qber, tolerance, decoy_check, and every field of the channel, the source and the "
+        "security. See docs/qkd-link.md.",
         summary="compute rates over a grid of settings",
         action=Action("qkd_scan", ScanOptions, extra="link", function="run_scan"),
     ),

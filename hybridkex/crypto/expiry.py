@@ -1,4 +1,4 @@
-"""When a certificate expires, and what its owner reads about it, ahead of time and when it has."""
+"""Warnings before and after a certificate expires."""
 
 from datetime import UTC, datetime, timedelta
 from typing import Final
@@ -6,10 +6,10 @@ from typing import Final
 from cryptography import x509
 
 SOON: Final = timedelta(days=14)
-"""How long ahead its owner is told, of a certificate that lives for months."""
+"""How long before its expiry the owner is warned about a certificate that is valid for months."""
 LAST_PART: Final = 3
-"""One that lives for days is renewed as a matter of course, usually when a third of its life is
-left: its owner is told in the last third."""
+"""A certificate that is valid for days is usually renewed when a third of its validity is left: the
+owner is warned in the last third."""
 
 
 def problem_of_expiry(
@@ -22,9 +22,9 @@ def problem_of_expiry(
     """A problem with the expiry date of a certificate, if there is one.
 
     Args:
-        name: what the text calls it, such as ``our own certificate cert.pem``.
-        certificate: whose validity counts.
-        now: the time; the clock's if ``None``.
+        name: its name in the text, such as ``our own certificate cert.pem``.
+        certificate: the certificate to check.
+        now: the time; ``None`` reads the clock.
         remedy: the next step, for the end of the text.
     """
     now = now or datetime.now(UTC)
@@ -46,7 +46,7 @@ def seconds_to_next(certificate: x509.Certificate, now: datetime | None = None) 
 
 
 def _moments(certificate: x509.Certificate) -> tuple[datetime, datetime]:
-    """From when on its owner is warned, and the end of its validity."""
+    """The time of the first warning and the end of validity."""
     ends = certificate.not_valid_after_utc
     life = ends - certificate.not_valid_before_utc
     return ends - min(SOON, life / LAST_PART), ends

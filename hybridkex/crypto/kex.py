@@ -1,8 +1,9 @@
-"""Key exchange as a plug-in in the shape of a KEM.
+"""Key exchange as a plug-in with the interface of a KEM.
 
 The client calls :meth:`KeyExchange.start` and sends ``share``; the server calls
 :meth:`KeyExchange.respond` with it and sends its own share back; the client gives that to
-:meth:`Started.finish`. Diffie-Hellman fits that shape, a KEM does not fit Diffie-Hellman's.
+:meth:`Started.finish`. Diffie-Hellman fits this interface; a KEM does not fit that of
+Diffie-Hellman.
 
 A :class:`Group` gives a key exchange its code point on the wire. A hybrid is :class:`Concat` of its
 parts: RFC 9954 section 3.2 and 3.3 concatenate shares and secrets, and the order of the parts is
@@ -26,20 +27,20 @@ from hybridkex.reasons import Reason
 from hybridkex.secret import Secret
 
 MAX_SHARE: Final = 0xFFFF
-"""Bytes that a KeyShareEntry can hold (RFC 9846 section 4.3.8)."""
+"""The maximum length of a key share in bytes (RFC 9846 section 4.3.8)."""
 
 
 class Property(Flag):
     """A property of a key exchange that a policy can require."""
 
     CLASSICAL = auto()
-    """Rests on a problem that a quantum computer solves."""
+    """Based on a problem that a quantum computer can solve."""
     POST_QUANTUM = auto()
-    """Rests on a problem for which no quantum algorithm is known."""
+    """Based on a problem for which no efficient quantum algorithm is known."""
 
 
 class Started(Protocol):
-    """A key exchange whose first share we have sent."""
+    """A key exchange of the client that waits for the server's share."""
 
     @property
     def share(self) -> bytes:
@@ -54,15 +55,15 @@ class Started(Protocol):
 
 
 class KeyExchange(Protocol):
-    """A way to agree on a secret in one round trip."""
+    """A method to agree on a secret in one round trip."""
 
     @property
     def name(self) -> str:
-        """The usual name, for example ``ML-KEM-768``."""
+        """The standard name, for example ``ML-KEM-768``."""
 
     @property
     def properties(self) -> Property:
-        """The hard problems that it rests on."""
+        """The kinds of hard problems that its security is based on."""
 
     @property
     def parts(self) -> "Sequence[KeyExchange]":
@@ -77,10 +78,10 @@ class KeyExchange(Protocol):
         """Bytes of the server's share."""
 
     def start(self) -> Started:
-        """Make a fresh key pair (client)."""
+        """Generate a new key pair (client)."""
 
     def respond(self, peer_share: bytes) -> tuple[bytes, Secret]:
-        """Our share and the secret, from the client's share (server).
+        """Return our share and the secret, given the client's share (server).
 
         Raises:
             IllegalParameter: the share is invalid.
@@ -97,7 +98,9 @@ class Group:
 
     def __post_init__(self) -> None:
         if not 0 < self.code <= 0xFFFF:
-            raise ConfigError(f"{self.name}: a group's code point has 16 bits, not {self.code:#x}")
+            raise ConfigError(
+                f"{self.name}: the code point of a group must fit 16 bits, not {self.code:#x}"
+            )
         check_fits(self.name, self.exchange)
 
     @property
@@ -120,7 +123,7 @@ class Group:
 
 
 def check_fits(name: str, exchange: KeyExchange) -> None:
-    """Refuse a key exchange whose shares a KeyShareEntry cannot hold."""
+    """Refuse a key exchange whose shares are too long for a KeyShareEntry."""
     for length in (exchange.offer_length, exchange.answer_length):
         if not 0 < length <= MAX_SHARE:
             raise ConfigError(
@@ -277,14 +280,14 @@ class _MlKemStarted:
 class Concat:
     """A hybrid: shares and secrets of the parts, one after the other (RFC 9954 section 3).
 
-    The parts of a hybrid among the parts are parts themselves: the layout is the same. The secret
-    is as strong as the strongest part, since the TLS 1.3 key schedule extracts from the whole (RFC
-    9954 section 3.3). The lengths are fixed, so no part can run into the next.
+    If a part is itself a hybrid, its parts take its place; the layout is the same. The secret is as
+    strong as the strongest part, since the TLS 1.3 key schedule extracts from the whole (RFC 9954
+    section 3.3). The lengths are fixed, so no part can run into the next.
     """
 
     def __init__(self, *parts: KeyExchange, name: str | None = None) -> None:
         if len(parts) < 2:
-            raise ConfigError("a hybrid key exchange has at least two parts")
+            raise ConfigError("a hybrid key exchange needs at least two parts")
         parts = tuple(single for part in parts for single in part.parts)
         self.parts = parts
         self.name = name or "+".join(part.name for part in parts)
@@ -296,7 +299,7 @@ class Concat:
             self.properties |= part.properties
 
     def start(self) -> Started:
-        """Make a fresh key pair for each part (client)."""
+        """Generate a new key pair for each part (client)."""
         return _ConcatStarted(self)
 
     def respond(self, peer_share: bytes) -> tuple[bytes, Secret]:

@@ -1,7 +1,7 @@
 """Key encapsulation mechanisms of liboqs as key exchanges and groups.
 
-Nothing of liboqs is needed to import this module; :class:`OqsKem` raises
-:class:`~hybridkex.errors.ProviderMissing` where it is not there.
+This module can be imported without liboqs; then :class:`OqsKem` raises
+:class:`~hybridkex.errors.ProviderMissing`.
 
 Code points, by one rule:
 
@@ -9,7 +9,7 @@ Code points, by one rule:
 2. Everything else is private use (0xFE00 to 0xFEFF, RFC 9846 section 4.3.7). Where oqs-provider
    has a default code point, it is the same here, so that OpenSSL with it can be the peer.
 3. NTRU and NTRU Prime, which it does not have, are at 0xFEA0 and above.
-4. 0xFEC0 to 0xFEFF is yours: for hybrids and for what liboqs adds later.
+4. 0xFEC0 to 0xFEFF is for your own groups: hybrids, and algorithms that liboqs adds later.
 """
 
 from collections.abc import Sequence
@@ -63,8 +63,8 @@ CODES: Final = {
     "Kyber768": 0xFEB1,
     "Kyber1024": 0xFEB2,
 }
-"""Code points by liboqs's names. Classic McEliece has none: its shares do not fit (261,120 bytes
-and more, where a key share holds 65,535)."""
+"""Code points by liboqs's names. Classic McEliece has none: its shares (261,120 bytes and more) are
+too long for a key share (65,535)."""
 
 
 class OqsKem:
@@ -97,7 +97,7 @@ class OqsKem:
         return (self,)
 
     def start(self) -> Started:
-        """Make a fresh key pair."""
+        """Generate a new key pair."""
         return _OqsStarted(self)
 
     def respond(self, peer_share: bytes) -> tuple[bytes, Secret]:
@@ -107,7 +107,8 @@ class OqsKem:
             try:
                 ciphertext, secret = kem.encap_secret(peer_share)
             except RuntimeError:
-                # liboqs gives no reason; ML-KEM's is the modulus check of FIPS 203 section 7.2.
+                # liboqs gives no reason; for ML-KEM it is the modulus check of FIPS 203 section
+                # 7.2.
                 raise IllegalParameter(
                     f"{self.name}: the public key is malformed", Reason.KEY_SHARE_MALFORMED
                 ) from None
@@ -117,7 +118,7 @@ class OqsKem:
         """Decapsulate the peer's ciphertext."""
         check_length(self.name, peer_share, self.answer_length)
         if len(private_key) != self._private_length:
-            # The wrapper would fill up what is missing with zeros.
+            # The wrapper would pad a short key with zeros.
             raise ConfigError(f"{self.name}: a private key of {len(private_key)} bytes")
         with self._new(self.name, secret_key=private_key.reveal()) as kem:
             try:
@@ -161,7 +162,7 @@ def oqs_group(name: str, *, code: int | None = None) -> Group:
     exchange = OqsKem(name)
     chosen = CODES.get(name) if code is None else code
     if chosen is None:
-        check_fits(name, exchange)  # It gives the more precise reason.
+        check_fits(name, exchange)  # This gives the more precise reason.
         raise ConfigError(f"{name} has no code point of its own; pass one, 0xFEC0 to 0xFEFF")
     return Group(code=chosen, name=name, exchange=exchange)
 
@@ -169,7 +170,7 @@ def oqs_group(name: str, *, code: int | None = None) -> Group:
 def via_oqs(group: Group) -> Group:
     """The same group on the wire, its ML-KEM computed by liboqs instead of `cryptography`.
 
-    Both make and take the same bytes, so each side chooses for itself:
+    Both use the same encoding, so each side can choose its own implementation:
     ``ClientConfig(groups=(via_oqs(X25519MLKEM768), X25519))``.
 
     Raises:

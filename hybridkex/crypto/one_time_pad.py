@@ -1,7 +1,7 @@
 """The one-time pad of one direction, and the protection of records with it.
 
 ``docs/one-time-pad.md`` specifies it. The pad is a queue of key bytes that both ends have in the
-same order. A record takes from its front::
+same order. A record takes these from its front::
 
     point   16 bytes, once, for the first record: r of Poly1305
     mask    as many bytes as content and content type have together
@@ -26,16 +26,16 @@ from hybridkex.errors import BadRecordMac, LocalStateError
 from hybridkex.secret import Secret
 
 POINT: Final = 16
-"""Bytes of pad that the first record takes besides its own."""
+"""Bytes of pad that the first record takes in addition."""
 TAG: Final = 16
 OVERHEAD: Final = 1 + TAG
-"""Bytes of pad that a record takes besides those of its content: content type and tag. A sealed
-record is longer than its content by the same."""
+"""Bytes of pad that a record takes in addition to its content: content type and tag. A protected
+record is longer than its content by the same number."""
 
 
 _forks = 0
-"""How often this process is a child's child. In a PID namespace of its own, a child may have the
-process ID of its parent."""
+"""How many forks this process is away from the first one. In its own PID namespace a child may have
+the process ID of its parent."""
 
 
 def _forked() -> None:
@@ -52,9 +52,9 @@ def _this_process() -> tuple[int, int]:
 
 
 class Pad:
-    """The unused pad of one direction. Each byte leaves it once, and is overwritten here.
+    """The unused pad of one direction. Each byte is used once and then overwritten.
 
-    A child process must not go on with a copy: the first record there is refused.
+    A forked child must not use its copy: the first record there is refused.
     """
 
     __slots__ = ("_keys", "_number", "_point", "_process", "left", "used")
@@ -65,9 +65,9 @@ class Pad:
         self._number = 0
         self._process = _this_process()
         self.left = 0
-        """Bytes of unused pad."""
+        """The number of bytes of unused pad."""
         self.used = 0
-        """Bytes that records have taken."""
+        """The number of bytes that records have used."""
 
     def __repr__(self) -> str:
         return f"Pad({self.left} bytes left)"
@@ -84,11 +84,11 @@ class Pad:
 
     @property
     def first(self) -> int:
-        """Bytes that the next record takes besides its own: :data:`POINT` for the first one."""
+        """Bytes of pad that the next record takes in addition: :data:`POINT` for the first one."""
         return 0 if self.begun else POINT
 
     def extend(self, key: Secret) -> None:
-        """Append a key, which must be in no other pad and in no other use."""
+        """Append a key, which must be used for nothing else."""
         if len(key):
             self._keys.append(bytearray(key.reveal()))
             self.left += len(key)
@@ -114,25 +114,27 @@ class Pad:
         """The content type and the content of a record. The caller ensures :meth:`covers`.
 
         Raises:
-            BadRecordMac: forged, damaged, out of order, or under another key.
+            BadRecordMac: the record is forged, damaged, out of order, or under another key.
         """
         hidden, tag = sealed[:-TAG], sealed[-TAG:]
         if not hidden:
-            raise BadRecordMac("a record under the one-time pad that is too short to be one")
+            raise BadRecordMac(
+                "a record under the one-time pad is shorter than its tag and content type"
+            )
         key = self._begin()
         mask = self._take(len(hidden))
         try:
             self._mac(key, hidden).verify(tag)
         except InvalidSignature:
             raise BadRecordMac(
-                "a record under the one-time pad is not authentic: it was changed on the way, or "
+                "a record under the one-time pad is not authentic: it was modified in transit, or "
                 "the two ends have different QKD keys"
             ) from None
         inner = _xor(hidden, mask)
         return inner[-1], inner[:-1]
 
     def erase(self) -> None:
-        """Overwrite and drop what is left: the direction is closed."""
+        """Overwrite and discard the unused pad: the direction is closed."""
         for key in self._keys:
             key[:] = bytes(len(key))
         self._keys.clear()
@@ -140,7 +142,7 @@ class Pad:
         self.left = 0
 
     def _begin(self) -> bytes:
-        """The polynomial's point."""
+        """Take the evaluation point of the polynomial."""
         if self._process != _this_process():
             raise LocalStateError(
                 "the one-time pad belongs to the process that this one was forked from: it would "
@@ -157,7 +159,7 @@ class Pad:
         return mac
 
     def _take(self, size: int) -> bytes:
-        """The next bytes, which nobody gets again."""
+        """Take the next bytes; they are never returned again."""
         taken = b""
         while len(taken) < size:
             key = self._keys[0]

@@ -1,9 +1,9 @@
 """liboqs, found before it is imported.
 
 ``liboqs-python`` is a wrapper around a native library. When its import finds none, it prints a
-countdown, clones and builds liboqs, and ends the process if that fails. This module, the only
-one that imports it, first looks for the library in the same places. Where there is none, it says
-how to install it. Nothing is imported before an algorithm is used.
+countdown, clones and builds liboqs, and ends the process if that fails. This module, the only one
+that imports it, first looks for the library in the same places. Where there is none, it says how to
+install it. Nothing is imported until an algorithm is used.
 """
 
 import ctypes
@@ -40,11 +40,12 @@ def _candidates() -> Iterator[str]:
         if found:
             yield found
     try:
-        # Set and empty is the working directory to it: where we differed, it would build.
+        # Set but empty means the working directory to liboqs-python. If we disagreed, it would
+        # build.
         named = os.environ.get("OQS_INSTALL_PATH")
         root = Path.home() / "_oqs" if named is None else Path(named)
     except RuntimeError:
-        return  # A user without a home.
+        return  # A user without a home directory.
     for folder in _FOLDERS:
         yield str(root.absolute() / folder / f"liboqs{_SUFFIX}")
 
@@ -61,11 +62,13 @@ def _find_library() -> str | None:
 
 def _import(library: str) -> Any:
     """The module ``oqs``; ``library`` is known to load."""
-    # It logs to standard output as soon as it is imported, by a handler of its own.
+    # On import it logs to standard output with its own handler.
     logging.getLogger("oqs.oqs").disabled = True
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Of the two versions; oqs_status tells them.
+            warnings.simplefilter(
+                "ignore"
+            )  # It warns about the two versions, which oqs_status reports.
             return importlib.import_module("oqs")
     except ModuleNotFoundError as missing:
         if missing.name != "oqs":
@@ -74,7 +77,7 @@ def _import(library: str) -> Any:
             f"the package liboqs-python is not installed: {HOW_TO_GET_IT}"
         ) from None
     except (SystemExit, RuntimeError, AttributeError, OSError) as error:
-        # AttributeError: a library under this name that lacks what liboqs has.
+        # AttributeError: a library of this name that lacks functions of liboqs.
         raise ProviderMissing(
             f"{library} is not a liboqs that liboqs-python can use ({error}): {HOW_TO_GET_IT}"
         ) from None
@@ -85,7 +88,8 @@ def load() -> Any:
     """The module ``oqs`` of liboqs-python.
 
     Raises:
-        ProviderMissing: the native library or the package is not there; it says how to get it.
+        ProviderMissing: the native library or the package is missing; the message says how to get
+            it.
     """
     library = _find_library()
     if library is None:
@@ -114,7 +118,8 @@ class OqsStatus:
 
 
 def oqs_status() -> OqsStatus:
-    """The installation of liboqs. This raises and prints nothing, and builds nothing."""
+    """The installation of liboqs. This function raises nothing, prints nothing and builds
+    nothing."""
     import importlib.metadata  # noqa: PLC0415  # as above
 
     try:

@@ -1,8 +1,8 @@
 """PEM files: their blocks (RFC 7468), and a description of files that have none.
 
-Every certificate and key file is read here: one reader decides what is accepted, and one text says
-what a file is instead: DER, PKCS #12, PKCS #7, a certificate request, a key in a certificate's
-place, a file that was cut off.
+All certificate and key files are read here, so that one parser decides what is accepted, and
+messages describe other content: DER, PKCS #12, PKCS #7, a certificate request, a key instead of a
+certificate, a truncated file.
 """
 
 import base64
@@ -16,14 +16,14 @@ CERTIFICATES: Final = ("CERTIFICATE", "X509 CERTIFICATE")
 
 
 class PemError(ValueError):
-    """A file is not what it should be; the text says what it is, and never quotes its content."""
+    """A file has the wrong content; the text describes it and never quotes it."""
 
 
 @dataclass(frozen=True)
 class PemBlock:
     label: str
     text: bytes
-    """The text between its first and its last line."""
+    """The lines between BEGIN and END."""
 
     @property
     def encrypted(self) -> bool:
@@ -63,16 +63,20 @@ def pem_blocks(data: bytes) -> list[PemBlock]:
             begin = None
     if begin is not None:
         raise PemError(
-            f"a block that begins with BEGIN {begin[2].decode()} has no end: the file was cut off"
+            f"a block that begins with BEGIN {begin[2].decode()} has no END line: the file is "
+            "truncated"
         )
     return blocks
 
 
 _BY_LABEL: Final[tuple[tuple[str, str], ...]] = (
     ("OPENSSH", "an OpenSSH key; 'ssh-keygen -p -m PKCS8 -f FILE' converts a copy of it"),
-    ("TRUSTED CERTIFICATE", "a certificate with trust settings of OpenSSL, which do not count "
-     "here; 'openssl x509 -in FILE -out NEW' removes them"),
-    ("CERTIFICATE REQUEST", "a certificate request, which an authority has yet to sign"),
+    (
+        "TRUSTED CERTIFICATE",
+        "a certificate with OpenSSL's trust settings, which are not supported here; 'openssl x509 "
+        "-in FILE -out NEW' removes them",
+    ),
+    ("CERTIFICATE REQUEST", "a certificate request, which an authority has not signed yet"),
     ("PKCS7", "PKCS #7; 'openssl pkcs7 -in FILE -print_certs -out NEW' converts it"),
     ("CRL", "a revocation list"),
     ("PUBLIC KEY", "a public key"),
@@ -93,21 +97,21 @@ def contents_of(data: bytes) -> str:
     try:
         labels = [block.label for block in pem_blocks(data)]
     except PemError:
-        return "a PEM file that was cut off"
+        return "a truncated PEM file"
     for ending, words in _BY_LABEL:
         if any(ending in label for label in labels):
             return words
     if labels:
         return f"PEM with a block {labels[0]}"
     if data.startswith(b"PuTTY-User-Key-File"):
-        return "a key of PuTTY; PuTTYgen exports it for OpenSSH"
+        return "a PuTTY key; PuTTYgen can export it for OpenSSH"
     if data[:1] == b"\x30":
         return _der(data)
     if data.lstrip()[:1] == b"<":
-        return "a page in HTML or XML"
+        return "an HTML or XML document"
     if b"BEGIN" in data:
-        return "text whose lines BEGIN and END are damaged; they have five hyphens on each side"
-    return "something without a block of PEM"
+        return "text with damaged BEGIN and END lines, which need five hyphens on each side"
+    return "a file without a PEM block"
 
 
 def _der(data: bytes) -> str:

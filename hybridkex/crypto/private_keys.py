@@ -1,8 +1,8 @@
 """Private keys from PEM, in the forms that `cryptography` reads and in those of RFC 9881.
 
 An ML-DSA private key is a seed, an expanded key, or both (RFC 9881 section 6). `cryptography` reads
-the seed alone; OpenSSL 3.5 writes both. Of both the seed is taken, once it is known to go with the
-expanded key.
+the seed alone; OpenSSL 3.5 writes both. From a file with both, the seed is used after a check that
+it matches the expanded key.
 """
 
 import base64
@@ -76,39 +76,39 @@ def load_private_key(pem: bytes, password: bytes | None, name: str) -> Any:
     Args:
         pem: PKCS #8, PKCS #1 or SEC 1.
         password: the password, if the key is encrypted.
-        name: how an error names the file.
+        name: the name of the file in errors.
 
     Raises:
-        ConfigError: it is no private key, the password does not fit, or it is an ML-DSA key that
-            cannot be used. Nothing of the key is in the text, and neither are the library's words.
+        ConfigError: it is not a private key, the password is wrong, or it is an ML-DSA key that
+            cannot be used. The message contains neither parts of the key nor the library's message.
     """
     try:
         encrypted = _is_encrypted(pem)
     except PemError as error:
-        raise ConfigError(f"{name} is no private key in PEM form: {error}") from None
+        raise ConfigError(f"{name} is not a private key in PEM form: {error}") from None
     if encrypted and password is None:
         raise ConfigError(
             f"{name} is encrypted, and no password was given; 'openssl pkey -in FILE -out NEW' "
-            "writes it without one"
+            "decrypts it"
         )
     if encrypted is False and password is not None:
         raise ConfigError(f"{name} is not encrypted, and a password was given")
     try:
         return load_pem_private_key(pem, password)
     except _REFUSALS:
-        pass  # Outside of this handler, so that no error carries the library's as its context.
+        pass  # Outside the handler, so that the library's error is not the context of ours.
     key = _key_with_public(pem, name) or _mldsa_key(pem, name) or _mislabelled_key(pem)
     if key is not None:
         return key
     if encrypted is None:
-        raise ConfigError(f"{name} is no private key in PEM form: it is {contents_of(pem)}")
+        raise ConfigError(f"{name} is not a private key in PEM form: it is {contents_of(pem)}")
     if encrypted:
         raise ConfigError(
-            f"{name} is no private key in PEM form, or the password is wrong, or its cipher is not "
-            "supported (AES and 3DES are)"
+            f"{name} is not a private key in PEM form, or the password is wrong, or its cipher is "
+            "not supported (AES and 3DES are)"
         )
     raise ConfigError(
-        f"{name} is no private key in PEM form: its content is malformed or of an unknown kind"
+        f"{name} is not a private key in PEM form: its content is malformed or of an unknown type"
     )
 
 
@@ -161,7 +161,7 @@ def _key_with_public(pem: bytes, name: str) -> Any:
     except _REFUSALS:
         return None
     if not spki.endswith(b"\0" + info.public.as_bytes()):
-        raise ConfigError(f"{name} holds a private key and the public key of another one")
+        raise ConfigError(f"{name} has a private key and a public key that do not match")
     return key
 
 
@@ -184,7 +184,7 @@ def _mldsa_key(pem: bytes, name: str) -> Any:
             ) from None
         raise ConfigError(f"{name} holds an ML-DSA key that does not parse") from None
     if len(both.seed) != 32:
-        raise ConfigError(f"{name} holds an ML-DSA seed of {len(both.seed)} bytes, not of 32")
+        raise ConfigError(f"{name} holds an ML-DSA seed of {len(both.seed)} bytes instead of 32")
     key = kind.from_seed_bytes(both.seed)
     if not _consistent(both, key.public_key().public_bytes_raw(), rows, columns):
         # RFC 9881 on consistency testing: a key whose halves differ is refused.

@@ -20,12 +20,12 @@ MIN_PSK_LENGTH: Final = 16
 
 @dataclass(frozen=True, kw_only=True)
 class ExternalPsk:
-    """A key that both sides have from elsewhere.
+    """A key that both sides already share.
 
     Args:
-        identity: its name on the wire, 1 to 65,535 bytes, sent in the clear.
+        identity: its identity on the wire, 1 to 65,535 bytes, sent unencrypted.
         key: 16 bytes or more, from a source of full entropy; never a password.
-        hash: the hash that it is for; a plain PSK works only with cipher suites of that hash.
+        hash: its hash; a plain PSK works only with cipher suites of that hash.
         context: ``None`` for a plain PSK; bytes (which may be empty) to import it by RFC 9258.
         origin: any object; the session has it as ``psk_origin``.
     """
@@ -39,15 +39,19 @@ class ExternalPsk:
     def __post_init__(self) -> None:
         check_fields(self, {"identity": 'identity=b"site"', "key": "key=Secret(key)"})
         if not 1 <= len(self.identity) <= 0xFFFF:
-            raise ConfigError(f"a PSK identity has 1 to 65,535 bytes, not {len(self.identity)}")
+            raise ConfigError(
+                f"a PSK identity must have 1 to 65,535 bytes, not {len(self.identity)}"
+            )
         if len(self.key) < MIN_PSK_LENGTH:
             raise ConfigError(
-                f"a PSK has at least {MIN_PSK_LENGTH} bytes, not {len(self.key)} "
-                "(passwords and short keys can be guessed from one recorded handshake)"
+                f"a PSK must have at least {MIN_PSK_LENGTH} bytes, not {len(self.key)} (passwords "
+                "and short keys can be guessed from one recorded handshake)"
             )
         # Length of ImportedIdentity: two vectors with 2-byte lengths and two 16-bit fields.
         if self.context is not None and len(self.identity) + len(self.context) + 8 > 0xFFFF:
-            raise ConfigError("identity and context of an imported PSK are too long together")
+            raise ConfigError(
+                "the identity and the context of an imported PSK are together too long"
+            )
 
     @property
     def imported(self) -> bool:

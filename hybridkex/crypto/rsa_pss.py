@@ -1,6 +1,6 @@
 """RSA keys that are for RSASSA-PSS alone: id-RSASSA-PSS in place of rsaEncryption (RFC 4055).
 
-`cryptography` reads such a key as any other RSA key and forgets its object identifier and its
+`cryptography` reads such a key like any other RSA key and drops its object identifier and
 parameters. TLS needs both: ``rsa_pss_pss_*`` is for these keys and ``rsa_pss_rsae_*`` for the
 others, and "if the corresponding public key's parameters are present, then the parameters in the
 signature MUST be identical to those in the public key" (RFC 9846 section 4.3.3).
@@ -31,11 +31,11 @@ class PssParameters:
 
 @value
 class RsaPssKey:
-    """An RSA key that signs by RSASSA-PSS alone.
+    """An RSA key for RSASSA-PSS only.
 
     Args:
-        key: of `cryptography`, the public or the private half.
-        parameters: what the key is restricted to; ``None`` leaves all hashes open.
+        key: an RSA key of `cryptography`, public or private.
+        parameters: the restriction of the key; ``None`` allows all hashes.
     """
 
     key: rsa.RSAPublicKey | rsa.RSAPrivateKey

@@ -1,9 +1,9 @@
 """The key schedule of RFC 9846 section 7.1, one class per stage.
 
-``EarlySecret -> HandshakeSecret -> MainSecret``: a stage is made from the one before it and gives
-out the secrets of its own level, so a secret cannot be derived too early or from the wrong stage.
-Where a QKD key is used it enters at the first stage (as an external PSK), ECDHE and ML-KEM at the
-second; everything after that rests on all of them.
+``EarlySecret -> HandshakeSecret -> MainSecret``: a stage is derived from the one before it and
+returns the secrets of its own level, so a secret cannot be derived too early or from the wrong
+stage. A QKD key enters at the first stage (as an external PSK), ECDHE and ML-KEM at the second;
+everything after that is derived from all of them.
 """
 
 from functools import cache, lru_cache
@@ -47,7 +47,7 @@ class _Base:
     """A secret that others are derived from: HMAC is keyed with it once for all their labels.
 
     What the schedule derives is never longer than the hash, and then HKDF-Expand is a single HMAC
-    (RFC 5869 section 2.3). To copy a keyed one takes a fifth of the time of keying it.
+    (RFC 5869 section 2.3). Copying a keyed HMAC takes a fifth of the time of keying one.
     """
 
     __slots__ = ("_keyed", "hash", "secret")
@@ -132,7 +132,7 @@ class EarlySecret(_Base):
 
 @cache
 def _early_secret_without_psk(hash_function: HashFunction) -> EarlySecret:
-    """A constant: nothing secret goes in."""
+    """A constant without secret input."""
     zeros = bytes(hash_function.size)
     return EarlySecret(hash_function, hkdf_extract(hash_function, zeros, Secret(zeros)))
 
@@ -188,19 +188,20 @@ class MainSecret(_Base):
 
     @classmethod
     def extract(cls, hash_function: HashFunction, salt: Secret, key: Secret) -> "MainSecret":
-        """A later main secret, from the salt of the one before it and what comes in."""
+        """A later main secret, from the salt of the previous one and new input."""
         return cls(hash_function, hkdf_extract(hash_function, salt.reveal(), key))
 
 
 @value
 class ExporterSecret:
-    """Keying material for protocols above (section 7.5)."""
+    """Exported keying material for application protocols (section 7.5)."""
 
     hash: HashFunction
     secret: Secret
 
     def export(self, label: bytes, context: bytes, length: int) -> Secret:
-        """``length`` bytes bound to the label and to the context (empty and absent are one).
+        """``length`` bytes bound to the label and to the context (an empty context equals an absent
+        one).
 
         Raises:
             ConfigError: the label does not have 1 to 249 bytes (section 7.1: HkdfLabel holds 255
@@ -209,10 +210,10 @@ class ExporterSecret:
         """
         hash_function = self.hash
         if not 1 <= len(label) <= 255 - len(Label.PREFIX):
-            raise ConfigError(f"an exporter label has 1 to 249 bytes, not {len(label)}")
+            raise ConfigError(f"an exporter label must have 1 to 249 bytes, not {len(label)}")
         if not 1 <= length <= 255 * hash_function.size:
             raise ConfigError(
-                f"an exporter gives 1 to {255 * hash_function.size} bytes, not {length}"
+                f"an exporter returns 1 to {255 * hash_function.size} bytes, not {length}"
             )
         base = _Base(hash_function, self.secret).derive(label, hash_function.empty_digest)
         digest = hash_function.digest(context)

@@ -1,9 +1,9 @@
 """Signatures of liboqs that `cryptography` lacks, for raw public keys (RFC 7250).
 
-Nothing of liboqs is needed to import this module or to read a public key; it is needed to make a
-key, to sign and to verify. Code points are those of draft-reddy-tls-slhdsa for SLH-DSA and, like
-the object identifiers of everything that has none yet, oqs-provider's defaults (private use, RFC
-9846 section 4.3.3), so that OpenSSL with it can be the peer. The context string, where an algorithm
+liboqs is not needed to import this module or to read a public key, but to generate a key, to sign
+and to verify. Code points are those of draft-reddy-tls-slhdsa for SLH-DSA and, like the object
+identifiers of algorithms without an assigned one, oqs-provider's defaults (private use, RFC 9846
+section 4.3.3), so that OpenSSL with it can be the peer. The context string, where an algorithm
 takes one, is empty.
 """
 
@@ -178,7 +178,7 @@ class OqsPrivateKey:
 
     @classmethod
     def generate(cls, algorithm: str) -> "OqsPrivateKey":
-        """A fresh key pair.
+        """Generate a new key pair.
 
         Raises:
             ProviderMissing: liboqs is not installed.
@@ -211,8 +211,8 @@ class OqsPrivateKey:
         with _algorithm(algorithm)(algorithm) as one:
             expected = one.details["length_public_key"], one.details["length_secret_key"]
         if (len(public), len(private)) != expected:
-            # The wrapper would fill up what is missing with zeros.
-            raise ConfigError(f"a key pair of {algorithm} has other lengths than these")
+            # The wrapper would pad a short key with zeros.
+            raise ConfigError(f"the keys of {algorithm} have other lengths than these")
         return cls(OqsPublicKey(algorithm, public), Secret(private))
 
     def to_pem(self) -> bytes:
@@ -251,7 +251,7 @@ class OqsPrivateKey:
 
 @cache
 def _algorithm(name: str) -> Any:
-    """liboqs's class, once it is known to have this algorithm."""
+    """liboqs's class, after a check that it supports this algorithm."""
     module = oqs.load()
     if name not in ALGORITHMS or name not in module.get_enabled_sig_mechanisms():
         known = [one for one in module.get_enabled_sig_mechanisms() if one in ALGORITHMS]
@@ -260,7 +260,7 @@ def _algorithm(name: str) -> Any:
 
 
 _MAX_SIGNATURE: Final = 0xFFFF
-"""Bytes that CertificateVerify can hold (RFC 9846 section 4.5.2)."""
+"""The maximum length of a signature in CertificateVerify, in bytes (RFC 9846 section 4.5.2)."""
 
 
 def oqs_scheme(name: str) -> SignatureScheme:
@@ -274,7 +274,8 @@ def oqs_scheme(name: str) -> SignatureScheme:
         length = one.details["length_signature"]
     if length > _MAX_SIGNATURE:
         raise ConfigError(
-            f"{name} has signatures of {length} bytes, and CertificateVerify holds {_MAX_SIGNATURE}"
+            f"{name} has signatures of {length} bytes, and CertificateVerify holds at most "
+            f"{_MAX_SIGNATURE}"
         )
 
     def suits(key: object) -> bool:

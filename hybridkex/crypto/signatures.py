@@ -20,7 +20,7 @@ from hybridkex.reasons import Reason
 
 @dataclass(frozen=True, kw_only=True)
 class SignatureScheme:
-    """How a key signs: ``suits`` says whether a private or public key is of its kind."""
+    """A signature scheme; ``suits`` says whether a private or public key is of its type."""
 
     code: int
     name: str
@@ -41,7 +41,8 @@ class SignatureScheme:
         """
         if not self.suits(public_key):
             raise IllegalParameter(
-                f"{self.name} does not go with the certificate's key", Reason.SIGNATURE_SCHEME
+                f"{self.name} does not match the type of the certificate's key",
+                Reason.SIGNATURE_SCHEME,
             )
         try:
             self._verify(public_key, signature, content)
@@ -63,8 +64,8 @@ def _is(key: object, *classes: type) -> bool:
 
 @cache
 def _is_one_of(kind: type, classes: tuple[type, ...]) -> bool:
-    # By class and once: the classes of keys are abstract, and to ask them each time takes longer
-    # than to read the message with the signature.
+    # Cached by class: the key classes are abstract, and isinstance takes longer than parsing the
+    # message with the signature.
     return issubclass(kind, classes)
 
 
@@ -117,7 +118,7 @@ def _rsa_pss(code: Code, algorithm: hashes.HashAlgorithm, *, alone: bool) -> Sig
 
 
 def _plain(code: Code, private: type, public: type) -> SignatureScheme:
-    """A scheme whose keys take nothing but the content: Ed25519, and ML-DSA with empty context."""
+    """A scheme without parameters: Ed25519, and ML-DSA with an empty context."""
     return SignatureScheme(
         code=code,
         name=code.name.lower(),
@@ -142,15 +143,15 @@ ALL_SCHEMES: Final = (
     _rsa_pss(Code.RSA_PSS_PSS_SHA384, hashes.SHA384(), alone=True),
     _rsa_pss(Code.RSA_PSS_PSS_SHA512, hashes.SHA512(), alone=True),
 )
-"""All that we sign and verify with, in order of preference."""
+"""All schemes for signing and verifying, in order of preference."""
 
 CERTIFICATE_ONLY_SCHEMES: Final = (
     Code.RSA_PKCS1_SHA256,
     Code.RSA_PKCS1_SHA384,
     Code.RSA_PKCS1_SHA512,
 )
-"""Schemes that a certificate in the chain may be signed with, though CertificateVerify may not:
-they go into ``signature_algorithms_cert``."""
+"""Schemes that are allowed for certificates in the chain but not for CertificateVerify; they are
+sent in ``signature_algorithms_cert``."""
 
 
 def choose_scheme(

@@ -15,11 +15,11 @@ IV_LENGTH: Final = 12
 """Bytes of the per-record nonce of every suite (RFC 9846 section 5.3)."""
 
 TAG_LENGTH: Final = 16
-"""Bytes that every suite's AEAD adds."""
+"""The length of the AEAD tag of every suite in bytes."""
 
 
 class Aead(Protocol):
-    """The part of `cryptography`'s AEAD interface that a record needs."""
+    """The part of `cryptography`'s AEAD interface that records use."""
 
     def encrypt(self, nonce: Any, data: Any, associated_data: Any, /) -> bytes: ...
     def decrypt(self, nonce: Any, data: Any, associated_data: Any, /) -> bytes: ...
@@ -44,7 +44,7 @@ class HashFunction:
 
     @cached_property
     def empty_digest(self) -> bytes:
-        """The hash of no messages, which several steps of the key schedule take."""
+        """The hash of the empty string, which several steps of the key schedule use."""
         return self.digest(b"")
 
     def __repr__(self) -> str:
@@ -69,7 +69,7 @@ class CipherSuite:
     aead: Callable[[bytes], Aead]
     key_length: int
     record_limit: int
-    """Records after which the sender must have updated its key (RFC 9846 section 5.5)."""
+    """The number of records after which the sender must update its key (RFC 9846 section 5.5)."""
 
     def __repr__(self) -> str:
         return self.name

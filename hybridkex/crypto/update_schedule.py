@@ -1,7 +1,7 @@
 """The chain of main secrets: one link for each Extended Key Update.
 
 draft-ietf-tls-extended-key-update-13 section 7 and, where a QKD key goes in as well,
-``docs/fresh-keys.md``. Of a main secret only the salt of the next one is kept.
+``docs/fresh-keys.md``. Only the salt for the next main secret is kept.
 """
 
 from hybridkex.crypto.schedule import ExporterSecret, MainSecret, TrafficSecret

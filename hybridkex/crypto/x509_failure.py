@@ -14,7 +14,8 @@ from cryptography.hazmat.primitives.asymmetric import ed25519
 from hybridkex.crypto.pem import PemError
 
 _MOST: Final = 64
-"""Extensions that are looked at to find the malformed one; the peer decides how many there are."""
+"""The maximum number of extensions that are examined to find the malformed one; the peer decides
+how many there are."""
 
 
 class MalformedExtension(ValueError):
@@ -51,7 +52,7 @@ class TbsCertificate:
 
 
 def parse_extensions(certificate: x509.Certificate) -> None:
-    """Parse the extensions, which the library does only when they are asked for.
+    """Parse the extensions, which the library does only on access.
 
     Raises:
         MalformedExtension: one does not parse.
@@ -73,7 +74,7 @@ def _first_malformed(certificate: x509.Certificate) -> str | None:
     key = ed25519.Ed25519PrivateKey.generate()
     for one in extensions[:_MOST]:
         extension = one.parse(_Extension)
-        # A request with this extension alone has to be parsed as well.
+        # Also a certificate request with only this extension must parse.
         alone = (
             x509.CertificateSigningRequestBuilder(x509.Name([]))
             .add_extension(x509.UnrecognizedExtension(extension.oid, extension.value), False)
@@ -94,7 +95,7 @@ def extension_name(oid: str) -> str:
 
 _EXTENSIONS: Final = {
     "1.3.6.1.4.1.11129.2.4.2": "signedCertificateTimestampList",
-    "1.3.6.1.4.1.11129.2.4.3": "the poison of a precertificate",
+    "1.3.6.1.4.1.11129.2.4.3": "the precertificate poison",
     "1.3.6.1.4.1.311.21.7": "certificateTemplate",
     "1.3.6.1.5.5.7.1.1": "authorityInfoAccess",
     "1.3.6.1.5.5.7.1.11": "subjectInfoAccess",
@@ -146,7 +147,7 @@ def parse_failure(error: BaseException) -> str:
     for pattern, said in _WORDS:
         if pattern.search(text):
             return said
-    # Other texts of the library are kept only if they are words, and no value of Python's.
+    # Other messages of the library are kept only if they are plain words without Python values.
     return (
         text if re.fullmatch(r"[\w ,.;:()/*'-]+", text) and "_" not in text else "it is malformed"
     )
@@ -173,7 +174,7 @@ _WORDS: Final[tuple[tuple[re.Pattern[str], str], ...]] = (
     (re.compile("x400Address"), "it has an x400Address or an ediPartyName, which is not supported"),
     (re.compile("path_length"), "it has a pathLenConstraint, and is not an authority's"),
     (re.compile("full_name"), "a distribution point has no name"),
-    (re.compile("^year 0 "), "it has a date of the year 0, which does not exist"),
+    (re.compile("^year 0 "), "it has a date in the year 0, which does not exist"),
     (
         re.compile("Invalid SCT"),
         "its signedCertificateTimestampList (1.3.6.1.4.1.11129.2.4.2) has a form that is not read",

@@ -1,8 +1,7 @@
 """Parsing of certificates, and the exceptions that it may raise.
 
-`cryptography` warns of odd certificates (a serial number of 0, a long common name) with the line of
-our source that reads them. A peer could trigger such a warning at will; they are switched
-off for the modules of this package.
+`cryptography` warns about unusual certificates (a serial number of 0, a long common name). A peer
+could trigger such warnings at will, so they are disabled for the modules of this package.
 """
 
 import re
@@ -36,10 +35,11 @@ def certificate_from_der(data: bytes, *, whole: bool = True) -> x509.Certificate
 
     Args:
         data: DER.
-        whole: whether to parse what the library leaves for later, its extensions above all.
+        whole: whether to parse also the parts that the library parses lazily, such as the
+            extensions.
 
     Raises:
-        UNREADABLE: the bytes are no certificate, or one of its extensions does not parse.
+        UNREADABLE: the bytes are not a certificate, or one of its extensions does not parse.
     """
     certificate = x509.load_der_x509_certificate(data)
     if whole:
@@ -54,7 +54,7 @@ def certificates_from_pem(data: bytes) -> list[x509.Certificate]:
 
     Raises:
         UNREADABLE: the file has no certificate, one does not parse, one carries trust settings of
-            OpenSSL, or the file was cut off. A certificate is never left out.
+            OpenSSL, or the file is truncated. No certificate is skipped.
     """
     blocks = pem_blocks(data)
     certificates = [block for block in blocks if block.label in CERTIFICATES]
@@ -77,5 +77,5 @@ def _certificate(der: bytes, name: str) -> x509.Certificate:
 
 
 def pem_certificates(data: bytes) -> list[bytes]:
-    """The certificates of a PEM file, each for itself and not parsed yet."""
+    """The certificates of a PEM file, unparsed."""
     return _BLOCK.findall(data)

@@ -1,4 +1,4 @@
-"""The answers to the engine's questions: which PSK, and is this session accepted?"""
+"""Answers to the engine's requests: the PSK to use, and whether a session is accepted."""
 
 from collections.abc import Callable
 
@@ -21,7 +21,7 @@ from hybridkex.tls.session import Session
 
 
 class Answers:
-    """Answers the questions of one connection's engine, as its configuration says.
+    """Answers the requests of one connection's engine according to its configuration.
 
     Args:
         config: the configuration of the connection.
@@ -39,8 +39,8 @@ class Answers:
             config.verifier if isinstance(config, ClientConfig) else config.client_verifier
         )
         store: object = config.ticket_store if isinstance(config, ClientConfig) else None
-        # What makes a Refreshable and a FlushableTicketStore; isinstance with a protocol takes 20
-        # times as long.
+        # Attribute look-ups for Refreshable and FlushableTicketStore; isinstance with a protocol
+        # takes 20 times as long.
         self._refresh: Callable[[], None] | None = getattr(verifier, "refresh", None)
         self._flush: Callable[[], None] | None = getattr(store, "flush", None)
 
@@ -50,7 +50,7 @@ class Answers:
         return self._flush is not None
 
     async def keep_tickets(self) -> None:
-        """Bring the ticket store to disk, after the handshake and after ``TicketReceived``.
+        """Write the ticket store to disk, after the handshake and after ``TicketReceived``.
 
         Raises:
             ConfigError: it cannot be written.
@@ -60,13 +60,14 @@ class Answers:
 
     @property
     def waits_to_begin(self) -> bool:
-        """Whether the beginning reads or writes files, so that :meth:`begin` may wait."""
+        """Whether the start of the handshake reads or writes files, so that :meth:`begin` may
+        block."""
         return self._refresh is not None or self._flush is not None
 
     async def begin(self) -> None:
-        """Bring the verifier up to date and start the handshake.
+        """Refresh the verifier and start the handshake.
 
-        A ticket that the ClientHello offers has left the disk when this returns.
+        When this returns, a ticket that the ClientHello offers has been removed from the disk.
         """
         if self._refresh is not None:
             await in_thread(self._refresh, abandon=True)
@@ -74,22 +75,23 @@ class Answers:
         await self.keep_tickets()
 
     def begin_at_once(self) -> None:
-        """Start the handshake where :attr:`waits_to_begin` is false."""
+        """Start the handshake if :attr:`waits_to_begin` is false."""
         if isinstance(self._connection, ClientConnection):
             self._connection.start()
 
     def waits(self, event: PskWanted | SessionProposed) -> bool:
-        """Whether the answer needs a key source or a file, so that :meth:`give` may wait."""
+        """Whether the answer needs a key source or a file, so that :meth:`give` may block."""
         if isinstance(event, PskWanted):
             return True
         return event.peer is not None and event.peer.remember is not None
 
     async def give(self, event: PskWanted | SessionProposed) -> None:
-        """Answer a question.
+        """Answer a request.
 
         Raises:
             PeerError: the session is refused; the alert is in the engine's ``data_to_send``.
-            KeySourceError: the policy requires a PSK and the source has none; likewise.
+            KeySourceError: the policy requires a PSK and the source has none; the alert is there,
+                too.
         """
         if isinstance(event, PskWanted):
             source = self._psk_source
@@ -106,7 +108,7 @@ class Answers:
             self._connection.accept(session)
 
     def give_at_once(self, event: SessionProposed) -> None:
-        """Answer a question for which :meth:`waits` is false. Raises as :meth:`give` does."""
+        """Answer a request for which :meth:`waits` is false. Raises as :meth:`give` does."""
         try:
             session = self._authorized(event)
         except PeerError as error:

@@ -1,4 +1,4 @@
-"""Warnings about certificates that expire while a service runs: its own and those that it sees."""
+"""Warnings about certificates that expire while a service runs: its own and those of its peers."""
 
 from collections import deque
 from collections.abc import Callable
@@ -10,9 +10,11 @@ from cryptography import x509
 from hybridkex.crypto.expiry import problem_of_expiry, seconds_to_next
 
 LOOK_EVERY: Final = 3600.0
-"""Most seconds between two looks at the clock: it may be set, and the machine may sleep."""
+"""The maximum number of seconds between two readings of the clock, which may be set while the
+machine sleeps or runs."""
 REMEMBERED: Final = 8
-"""Texts of each holder that are not repeated: it may use several certificates at the same time."""
+"""The number of texts per holder that are remembered so as not to repeat them: a holder may use
+several certificates at the same time."""
 
 
 @dataclass(kw_only=True)
@@ -26,10 +28,10 @@ class _Watched:
 
 
 class ExpiryWatch:
-    """Tells when a certificate is about to expire and when it has expired: each once.
+    """Reports when a certificate is about to expire and when it has expired, each once.
 
     Args:
-        tell: is given each text.
+        tell: called with each text.
     """
 
     def __init__(self, tell: Callable[[str], object]) -> None:
@@ -41,7 +43,7 @@ class ExpiryWatch:
         self._watch(f"our own certificate {file}", certificate, "renew it")
 
     def peer(self, who: str, certificate: x509.Certificate) -> None:
-        """Watch the certificate that a peer shows, in place of the one that it showed before.
+        """Watch the certificate that a peer presents, in place of its earlier one.
 
         ``who`` is one of a bounded number of peers, such as ``SAE alice``.
         """
@@ -57,7 +59,7 @@ class ExpiryWatch:
         self._look_at(watched)
 
     def look(self) -> float:
-        """Tell what is due. Returns the seconds until the next look."""
+        """Report what is due. Returns the seconds until the next call."""
         next_looks = [LOOK_EVERY]
         for watched in self._holders.values():
             self._look_at(watched)

@@ -1,7 +1,7 @@
-"""Inquiry: a question to a key source, asked in a task of its own.
+"""Inquiry: a call of a key source in a separate task.
 
-The caller goes on meanwhile: a source that is slow, or never answers, holds up no deadline and
-nothing else.
+The caller continues meanwhile: a source that is slow, or never answers, delays neither a deadline
+nor anything else.
 """
 
 from collections.abc import Awaitable, Callable
@@ -13,10 +13,10 @@ T = TypeVar("T")
 
 
 class Inquiry(Generic[T]):
-    """One question, asked at once.
+    """One call, started at once.
 
     Args:
-        ask: the question.
+        ask: the function to call.
         answered: called when :meth:`result` has become available.
     """
 
@@ -32,13 +32,13 @@ class Inquiry(Generic[T]):
         return bool(self._answers) or self._error is not None
 
     def result(self) -> T:
-        """The answer, once :attr:`over`; raises what the question has raised."""
+        """The result, once :attr:`over`; raises the exception of the call."""
         if self._error is not None:
             raise self._error
         return self._answers[0]
 
     def cancel(self) -> None:
-        """The answer is not needed any more."""
+        """The result is no longer needed."""
         self._task.cancel()
 
     async def _run(self) -> None:
@@ -49,5 +49,5 @@ class Inquiry(Generic[T]):
         self._answered()
 
     async def _cancelled(self) -> None:
-        self._error = RuntimeError("the question was cancelled")
+        self._error = RuntimeError("the call of the key source was cancelled")
         self._answered()

@@ -1,9 +1,10 @@
 """KeyRenewer: renews the keys of one live connection, for every shell.
 
-A task of its own, beside those that send and receive: it waits for the schedule, so that data never
-does. It asks the key source by an :class:`~hybridkex.shell.inquiry.Inquiry`, so that neither the
-deadline nor the peer's request waits for that. It asks the engine, and the shell carries the bytes.
-It also handles its own errors, so that each shell only starts it, stops it and passes events on.
+A separate task, in addition to those that send and receive: it waits for the schedule, so that data
+never does. It calls the key source by an :class:`~hybridkex.shell.inquiry.Inquiry`, so that neither
+the deadline nor the peer's request waits for the result. It calls the engine, and the shell
+transports the bytes. It also handles its own errors, so that each shell only starts it, stops it
+and passes events on.
 """
 
 import logging
@@ -49,7 +50,9 @@ _LINES: Final = BoundedLog(_log)
 """Rate-limited, because any peer can cause these lines."""
 
 _DECLINED: Final = {
-    "key_not_found": "the peer declined it: its KME did not give it the QKD key, see its log",
+    "key_not_found": (
+        "the peer declined it: it did not get the QKD key from its KME; see the log of that KME"
+    ),
     "key_required": "the peer declined it: its policy requires a QKD key, and we named none",
 }
 
@@ -58,16 +61,16 @@ _Found: TypeAlias = tuple[UpdateKey | None, str | None]
 
 
 class KeyRenewer:
-    """Renews the keys of one connection, in a task beside the caller's, until :meth:`stop`.
+    """Renews the keys of one connection, in a separate task, until :meth:`stop`.
 
     Args:
         config: the configuration of the connection.
         connection: its engine, with the handshake complete.
-        send: puts what the engine has queued on the transport.
+        send: writes the bytes that the engine has queued to the transport.
         fail: ends the connection with an error, after the engine has queued the alert.
         gone: the exceptions by which ``send`` and ``fail`` report that the transport has ended. The
-            task that sends or receives next learns the reason.
-        pads_changed: called when there is more of a one-time pad, or no more to hope for.
+            task that sends or receives next reports the reason.
+        pads_changed: called when a one-time pad has grown, or will not grow any more.
     """
 
     def __init__(
@@ -94,9 +97,9 @@ class KeyRenewer:
         self.extended: Final = connection.session.key_updates is not KeyUpdates.STANDARD
         """Whether the peers agreed on Extended Key Update."""
         self._lines = BoundedLog(_log)
-        """For the epochs of this connection, whose number the peer can choose."""
+        """The log of the epochs of this connection; the peer can cause any number of them."""
         self.pads: Final = self._pad_filler(config, pads_changed)
-        """The keys of the one-time pads, where they were negotiated."""
+        """The keys of the one-time pads, if these were negotiated."""
         self._wake = Event()
         self._wanted: UpdateKeyWanted | None = None
         self._looked_up: Inquiry[_Found] | None = None
@@ -104,12 +107,12 @@ class KeyRenewer:
         self._drawn: Inquiry[_Found] | None = None
         """The key for our own update."""
         self._stretched: Inquiry[float] | None = None
-        """The factor by which the stock of keys stretches the interval."""
+        """The factor by which a low stock of keys increases the interval."""
         self._asked_for = 0
         """The epoch that a program has asked for."""
         self._unplanned = True
         self._in_a_row = 0
-        """KeyUpdates that we have sent without data of ours between them."""
+        """The number of KeyUpdates that we have sent without data of ours between them."""
         self._task: Final = Background(self._run, cancelled=self._cancelled)
 
     @classmethod
@@ -123,7 +126,7 @@ class KeyRenewer:
         return extended or config.fresh_keys is not None
 
     def stop(self) -> None:
-        """End the task where it waits next."""
+        """End the task at its next checkpoint."""
         self._task.cancel()
         for inquiry in (self._looked_up, self._drawn, self._stretched):
             if inquiry is not None:
@@ -136,7 +139,7 @@ class KeyRenewer:
     ) -> PadFiller | None:
         if self._connection.pad is None:
             return None
-        assert isinstance(config.psk_source, PadSource)  # or the policy would not have it
+        assert isinstance(config.psk_source, PadSource)  # otherwise the policy would not require it
 
         def tell(error: PeerError | None) -> None:
             changed()
@@ -154,7 +157,7 @@ class KeyRenewer:
             case ApplicationData(data):
                 self.received(len(data))
             case PadKeyWanted():
-                assert self.pads is not None  # or the engine would not ask
+                assert self.pads is not None  # otherwise the engine would not ask
                 self.pads.saw(event)
                 return
             case UpdateKeyWanted():
@@ -205,16 +208,16 @@ class KeyRenewer:
             pass
         except LocalStateError as error:
             if not self._connection.failed:
-                _LINES.log(logging.WARNING, "the keys are not renewed any more: %s", error)
+                _LINES.log(logging.WARNING, "the keys are no longer renewed: %s", error)
         except Exception:
-            _log.exception("the keys are not renewed any more")
+            _log.exception("the keys are no longer renewed")
             await self._end(InternalError("the renewal of the keys has failed"))
 
     async def _cancelled(self) -> None:
         await self._end(InternalError("the renewal of the keys was cancelled"))
 
     async def _end(self, error: PeerError) -> None:
-        if not self._connection.close_sent:  # nothing follows a close_notify (section 6.1)
+        if not self._connection.close_sent:  # nothing may follow a close_notify (section 6.1)
             self._connection.abort(error)
         with suppress(*self._gone):
             await self._fail(error)
@@ -252,15 +255,16 @@ class KeyRenewer:
             pass
 
     def _may_start(self, now: float) -> bool:
-        """Whether it is time for the update that is due, or for its key that has come."""
+        """Whether it is time for the update that is due, or its key has arrived."""
         return self._drawn.over if self._drawn is not None else self._timer.may_start(now)
 
     async def _start(self, why: str) -> None:
-        """Draw a key, if the update takes one; when it has come, send the request."""
+        """Request a key, if the update takes one; when it has arrived, send the update request."""
         connection = self._connection
         if not self.extended:
-            # Without data, the keys have protected nothing. A peer may take no more than 32 without
-            # data of ours between them, however slowly they come (BoringSSL does not).
+            # Without data, the keys have protected nothing. A peer may accept no more than 32
+            # updates without data of ours between them, however slowly they arrive (as BoringSSL
+            # does).
             if (self._timer.bytes or why != "every") and self._in_a_row < AT_ONCE:
                 self._in_a_row += 1
                 connection.update_keys(request_peer=True)
@@ -295,7 +299,7 @@ class KeyRenewer:
         return key, None
 
     async def _answer(self) -> None:
-        """Answer the peer's request, when we have its key."""
+        """Answer the peer's request once we have its key."""
         if self._wanted is not None and self._looked_up is None:
             wanted, self._wanted = self._wanted, None
             self._looked_up = Inquiry(partial(self._look_up, wanted), self.wake)
@@ -344,7 +348,7 @@ class KeyRenewer:
         if not self._required:
             _LINES.log(
                 logging.WARNING,
-                "a key update is late, and the session goes on under its old keys: %s",
+                "a key update is late, and the session continues under its old keys: %s",
                 obstacle,
             )
             return
@@ -402,14 +406,14 @@ class KeyRenewer:
         try:
             stock = await self._source.stock_for_updates(self._connection.session)
         except HybridkexError:
-            return 1.0  # It may have keys all the same.
+            return 1.0  # The source may have keys nevertheless.
         if stock is None or stock >= schedule.low_stock:
             return 1.0
         return min(schedule.stretch, schedule.low_stock / max(stock, 1))
 
 
 class _NoKeys:
-    """The :class:`UpdateKeySource` of a configuration that has none."""
+    """Stands for the :class:`UpdateKeySource` of a configuration without one."""
 
     async def draw_for_update(self, session: Session, *, client: bool, epoch: int) -> UpdateKey:
         raise KeySourceError("the PSK source supplies no keys for key updates")

@@ -1,8 +1,9 @@
 """PadFiller: fetches the QKD keys of one connection's one-time pads, for every shell.
 
-Two tasks, neither of which the other can hold up: one draws keys for what we send, the other looks
-up those that the peer names. They ask the key source and the engine; the
-:class:`~hybridkex.shell.key_renewer.KeyRenewer` puts what the engine has queued on the transport.
+Two independent tasks: one requests keys for the data that we send, the other looks up those that
+the peer names. They call the key source and the engine; the
+:class:`~hybridkex.shell.key_renewer.KeyRenewer` writes the bytes that the engine has queued to the
+transport.
 """
 
 import logging
@@ -38,11 +39,10 @@ _log: Final = get_logger("hybridkex.one_time_pad")
 _LINES: Final = BoundedLog(_log)
 """Rate-limited, because any peer can cause these lines."""
 
-_NO_KEY: Final = "a QKD key that the peer has put into its one-time pad is missing: "
+_NO_KEY: Final = "a QKD key that the peer added to its one-time pad is missing: "
 _USED_BEFORE: Final = (
-    "a QKD key that the peer has put into its one-time pad was in use before. If the peer's key "
-    "pool or its KME's store was restored from a copy, what it sends may be readable: give both "
-    "ends new keys: "
+    "a QKD key that the peer added to its one-time pad was used before. If the peer's key pool or "
+    "its KME's store was restored from a copy, its data may be readable: give both ends new keys: "
 )
 
 _FIRST_RETRY: Final = 0.25
@@ -54,11 +54,11 @@ class PadFiller:
     """The keys of one connection's one-time pads.
 
     Args:
-        config: how much pad to hold.
+        config: how much pad to keep ready.
         connection: the engine, with the handshake complete.
-        source: where the keys are.
-        changed: called when the engine has something to send or a pad has grown, and with the
-            error for which the session has to end.
+        source: the source of the keys.
+        changed: called when the engine has something to send or a pad has grown, and with the error
+            for which the session has to end.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class PadFiller:
         self._stock: int | None = None
         budget = self.budget
         self.piece: Final = piece_of(config.hold, budget.record)
-        """Bytes of data to send at once: what the pad that we hold has room for."""
+        """The number of data bytes to send at once: as many as our pad has room for."""
         self.error: PeerError | None = None
         """Why the session has to end."""
         # Drawing.
@@ -99,7 +99,7 @@ class PadFiller:
         )
 
     def stop(self) -> None:
-        """End both tasks at their next wait, and the tasks that wait for them."""
+        """End both tasks at their next checkpoint, and the tasks that wait for them."""
         self._stopped = True
         self._grown.set()
         for one in (*self._tasks, self._drawn, self._counted):
@@ -110,14 +110,14 @@ class PadFiller:
     def budget(self) -> PadBudget:
         """The remaining pad."""
         budget = self._connection.pad
-        assert budget is not None  # or there would be no filler
+        assert budget is not None  # otherwise there would be no filler
         return replace(budget, stock=self._stock)
 
     # --- what the shell asks and tells --------------------------------------------------------
 
     def ready(self, size: int) -> bool:
         """Whether the pad has room for ``size`` bytes of data, of at most :attr:`piece`. If not, it
-        is filled, and ``changed`` is called; after the deadline, :attr:`error` says why not."""
+        is filled and ``changed`` is called; after the deadline, :attr:`error` has the reason."""
         budget = self.budget
         self._waiting = budget.message < size
         if not self._waiting:
@@ -144,7 +144,8 @@ class PadFiller:
             self._waiting, self._late = False, math.inf
 
     async def wait_for_key(self) -> None:
-        """Wait until the key that the next record takes is there. Raises as the other."""
+        """Wait until the key for the next record is available. Raises as
+        :meth:`wait_until_ready`."""
         while self._connection.waits_for_pad:
             await self._growth()
 
@@ -172,8 +173,8 @@ class PadFiller:
         except PeerError as error:
             self._tell(error)
         except Exception:
-            _log.exception("the one-time pad gets no keys any more")
-            self._tell(InternalError("the one-time pad gets no keys any more"))
+            _log.exception("the one-time pad no longer gets keys")
+            self._tell(InternalError("the one-time pad no longer gets keys"))
 
     def _tell(self, error: PeerError | None = None) -> None:
         self.error = self.error or error
@@ -193,7 +194,7 @@ class PadFiller:
                     look_up = partial(self._source.look_up_for_pad, wanted.identity, session)
                     key = await ask(look_up)
             except TimeoutError:
-                why = f"our key source did not give it within {self._config.deadline:g} s"
+                why = f"our key source did not deliver it within {self._config.deadline:g} s"
                 raise UnknownPskIdentity(_NO_KEY + why, Reason.PAD_KEY_MISSING) from None
             except KeyConsumed as error:
                 why = _USED_BEFORE + str(error)
@@ -206,13 +207,13 @@ class PadFiller:
     async def _draw_keys(self) -> None:
         while not self._connection.close_sent:
             now = current_time()
-            if self._drawn is not None and self._drawn.over:  # first, also when it is late
+            if self._drawn is not None and self._drawn.over:  # first, even if it is late
                 inquiry, self._drawn = self._drawn, None
                 self._take(inquiry)
                 continue
             if self._waiting and now >= self._late:
                 raise PadExhausted(
-                    f"our one-time pad is used up, and no QKD key came within "
+                    "our one-time pad is used up, and no QKD key arrived within "
                     f"{self._config.deadline:g} s{self._why}"
                 )
             if self._counted is not None and self._counted.over:
@@ -234,12 +235,12 @@ class PadFiller:
         self._draw.set()
 
     def _take(self, drawn: Inquiry[tuple[bytes, Secret]]) -> None:
-        """Append the key that we have drawn, or wait before the next attempt."""
+        """Append the key that we requested, or wait before the next attempt."""
         try:
             identity, key = drawn.result()
         except KeySourceError as error:
             why = f": {error}"
-            if why != self._why:  # once, not at every attempt
+            if why != self._why:  # once, not at each attempt
                 _LINES.log(logging.WARNING, "no QKD key for the one-time pad now%s", why)
             self._why = why
             if isinstance(error, KeySourceExhausted):

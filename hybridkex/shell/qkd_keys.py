@@ -1,12 +1,12 @@
 """QkdPskSource: key sources as the PSK source of a configuration.
 
-The only place where QKD meets TLS. The client draws a key and offers it as an imported PSK; the
-server reads the key's name and the two SAEs from the offered identity, and looks the key up.
+Only this module connects QKD to TLS. The client requests a key and offers it as an imported PSK;
+the server reads the key's name and the two SAEs from the offered identity, and looks the key up.
 
-The work that an unauthenticated peer can cause is bounded: a look-up is made only for a name all of
-whose parts are ours, once per name, at a limited rate per peer, and within a time limit. A name
-counts as used when its look-up begins, whatever the outcome: a key that was taken for a failed
-handshake is gone.
+The work that an unauthenticated peer can cause is bounded: a look-up is made only for a name whose
+parts all belong to our links, once per name, at a limited rate per peer, and within a time limit. A
+name counts as used when its look-up begins, whatever the outcome: a key that was taken for a failed
+handshake is lost.
 """
 
 import logging
@@ -52,13 +52,14 @@ from hybridkex.wire.messages import ImportedIdentity
 _log = get_logger("hybridkex.qkd.keys")
 
 _COMBINED: Final = (
-    "a key combined from several links is derived by a hash, and a one-time pad takes no such keys"
+    "a key combined from several links is derived by a hash, and cannot be used for a one-time pad"
 )
 _TURN: Final = 20.0
-"""Seconds for which the look-up for a key update waits for its turn: less than the deadline of an
-update is by default."""
+"""How long the look-up for a key update waits for its turn, in seconds: less than the default
+deadline of an update."""
 _LEAST_PAD_KEY: Final = 16
-"""Bytes of a key that is worth its name on the wire."""
+"""The minimum length of such a key in bytes: a shorter one costs more for its name on the wire than
+it is worth."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,14 +67,14 @@ class QkdLimits:
     """Limits on draws and look-ups of keys.
 
     Args:
-        timeout: seconds for one draw or one look-up, including retries.
-        retries: how often a look-up that came too early (``KeyNotYetAvailable``) is repeated.
+        timeout: seconds for one request or one look-up, including retries.
+        retries: how often a look-up that was too early (``KeyNotYetAvailable``) is repeated.
         retry_after: seconds before the first repetition; doubled each time.
-        look_ups_per_second: look-ups for one peer in the long run; ``math.inf`` for no limit. Those
-            for key updates and one-time pads, which come out of sessions, are counted by
-            themselves, and wait for their turn.
-        burst: look-ups for one peer that may come at once.
-        remembered: most keys to remember; a remembered key is not drawn or looked up again.
+        look_ups_per_second: the long-term rate of look-ups for one peer; ``math.inf`` for no limit.
+            Look-ups for key updates and one-time pads, which belong to sessions, are counted
+            separately and wait for their turn.
+        burst: the number of look-ups for one peer that may be made at once.
+        remembered: the maximum number of keys to remember; a remembered key is not used again.
     """
 
     timeout: float = 5.0
@@ -98,11 +99,11 @@ class QkdPeer:
     """A peer with which we share QKD keys.
 
     Args:
-        source: the keys that we share with it.
+        source: the source of the keys that we share with it.
         names: DNS names, IP addresses and URIs in the subjectAltName of its certificate, or
-            ``sha256:`` and the pin of its key. If there are any, they tie the two together: a
-            client with such a certified name must use a key of this source, even
-            where the policy only prefers one, and this source's keys are for nobody else.
+            ``sha256:`` and the pin of its key. If given, they bind the two together: a client with
+            such a certified name must use a key of this source, even if the policy only prefers
+            one, and nobody else may use this source's keys.
 
     Raises:
         ConfigError: an invalid name.
@@ -125,25 +126,25 @@ class QkdCounters:
     drawn: int = 0
     looked_up: int = 0
     failed: int = 0
-    """Draws and look-ups that yielded no key."""
+    """Requests and look-ups that returned no key."""
     repeated: int = 0
     """Names that were offered again: replays or broken clients."""
     limited: int = 0
-    """Look-ups that were not made because the peer asked too often."""
+    """Look-ups that were refused because the peer caused too many."""
     sessions: int = 0
-    """Handshakes with a QKD key in them, resumptions included."""
+    """Handshakes with a QKD key, resumptions included."""
     fallbacks: int = 0
     """Handshakes without one."""
     update_keys: int = 0
-    """QKD keys drawn and looked up for key updates."""
+    """QKD keys requested and looked up for key updates."""
     pad_keys: int = 0
-    """QKD keys drawn and looked up for one-time pads."""
+    """QKD keys requested and looked up for one-time pads."""
 
 
 class QkdPskSource:
     """QKD keys as the ``psk_source`` of a configuration.
 
-    A client has one peer, a server any number. Use one object for all connections, since it
+    A client has exactly one peer, a server any number. Use one object for all connections, since it
     remembers which names were looked up.
 
     Args:
@@ -164,7 +165,7 @@ class QkdPskSource:
         self._budgets: Final = self._full_buckets()
         self._session_budgets: Final = self._full_buckets()
         self._asked: Final = OrderedDict[KeyPart, None]()
-        """Every key that was drawn or looked up, whatever for."""
+        """Every key that was requested or looked up, for any purpose."""
         # Rate-limited, because any peer can cause these lines.
         self._lines = BoundedLog(_log)
         self.counters: Final = QkdCounters()
@@ -174,11 +175,10 @@ class QkdPskSource:
         return {id(peer): TokenBucket(rate, burst, clock=current_time) for peer in self._peers}
 
     async def offer(self) -> ExternalPsk:
-        """Draw a new key for a client to offer.
+        """Request a new key for a client to offer.
 
         Raises:
-            KeySourceError: the source gave no key.
-            ConfigError: there is more than one peer to choose from.
+            KeySourceError: the source returned no key. ConfigError: there is more than one peer.
         """
         if len(self._peers) != 1:
             raise ConfigError("a client must have exactly one QKD peer, the server")
@@ -190,7 +190,7 @@ class QkdPskSource:
         """Look up the key that one of the identities names.
 
         Raises:
-            KeySourceError: none of them is ours, or the source gave no key.
+            KeySourceError: none of them is ours, or the source returned no key.
         """
         for identity in identities:
             found = self._recognise(identity)
@@ -198,7 +198,7 @@ class QkdPskSource:
                 key = await self._look_up_once(*found)
                 self.counters.looked_up += 1
                 return replace(as_psk(key), origin=_Origin(*found))
-        raise KeyUnknown("no identity that the client offers names a QKD key of ours")
+        raise KeyUnknown("the client offers no identity that names one of our QKD keys")
 
     async def draw_for_update(self, session: Session, *, client: bool, epoch: int) -> UpdateKey:
         """A new key for a key update that we start; see
@@ -215,10 +215,11 @@ class QkdPskSource:
     async def look_up_for_update(
         self, identity: bytes, session: Session, *, client: bool, epoch: int
     ) -> UpdateKey:
-        """The key that the peer has named in its request.
+        """The key that the peer named in its request.
 
         Raises:
-            KeySourceError: it is not one of ours for this session and this epoch, or cannot be had.
+            KeySourceError: it is not one of our keys for this session and this epoch, or is not
+                available.
         """
         peer = self._peer_of(session)
         imported, source = ImportedIdentity.decode(identity), peer.source
@@ -233,7 +234,9 @@ class QkdPskSource:
             epoch=epoch,
         )
         if imported.context != expected or not source.knows(name):
-            raise KeyUnknown("the key update of the peer names a QKD key of others")
+            raise KeyUnknown(
+                "the key update of the peer names a QKD key that is not for this session"
+            )
         self._check_new(name)
         self._remember(name)
         try:
@@ -263,11 +266,11 @@ class QkdPskSource:
             raise self._silent() from None
 
     async def draw_for_pad(self, session: Session) -> tuple[bytes, Secret]:
-        """A new key for the one-time pad of what we send; see
+        """A new key for the one-time pad of our sending direction; see
         :class:`~hybridkex.tls.one_time_pad.PadSource`.
 
         Raises:
-            KeySourceError: the source gave no key, or none for a one-time pad.
+            KeySourceError: the source returned no key, or none that is suitable for a one-time pad.
         """
         peer = self._peer_of(session)
         if isinstance(peer.source, CombinedSource):
@@ -277,20 +280,22 @@ class QkdPskSource:
         try:
             return identity_of(key.name), _for_pad(key)
         except ConfigError as error:
-            raise KeySourceUnavailable(f"the key source gave an unusable key: {error}") from None
+            raise KeySourceUnavailable(
+                f"the key source returned an unusable key: {error}"
+            ) from None
 
     async def look_up_for_pad(self, identity: bytes, session: Session) -> Secret:
-        """The key that the peer has appended to the one-time pad of what it sends.
+        """The key that the peer has appended to the one-time pad of its direction.
 
-        This waits where the peer names keys faster than it may, and while our key source does not
-        answer: the caller bounds the time.
+        This waits if the peer names keys faster than allowed, and while our key source does not
+        answer: the caller sets a time limit.
 
         Raises:
-            KeySourceError: it is not one of ours for this session, or is not to be had any more.
+            KeySourceError: it is not one of our keys for this session, or is no longer available.
         """
         peer, name = self._peer_of(session), name_of(identity)
         if name is None or not peer.source.knows(name):
-            raise KeyUnknown("it is a key of others")
+            raise KeyUnknown("the key is not for this session")
         if len(name) != 1:
             raise KeyUnauthorized(_COMBINED)
         self._check_new(name)
@@ -319,11 +324,11 @@ class QkdPskSource:
         return status.stored * (status.key_bits // 8)
 
     def _peer_of(self, session: Session) -> QkdPeer:
-        """The peer whose keys go into the updates of a session: the one whose key is in the
+        """The peer whose keys are used for the updates of a session: the one whose key is in the
         handshake, the one that the certificate names, or the only one.
 
         Raises:
-            KeyUnknown: nothing says which of several it is.
+            KeyUnknown: nothing tells which of several peers it is.
         """
         used = self._used(session)
         if used is not None and any(used.peer is one for one in self._peers):
@@ -335,7 +340,7 @@ class QkdPskSource:
         return fitting[0]
 
     def _recognise(self, identity: bytes) -> tuple[QkdPeer, KeyReference] | None:
-        """The peer whose key an identity names, by comparison alone."""
+        """The peer whose key an identity names; this only compares names."""
         imported = ImportedIdentity.decode(identity)
         name = name_of(imported.external_identity) if imported is not None else None
         if imported is None or name is None:
@@ -364,17 +369,17 @@ class QkdPskSource:
             await sleep(self._limits.retry_after)
 
     async def _draw(self, peer: QkdPeer) -> QkdKey:
-        """A new key. What it is for does not matter: one that was in use before is refused.
+        """Request a new key. For any purpose, a key that was used before is refused.
 
         Raises:
-            KeySourceError: the source gave no key, or one that we know.
+            KeySourceError: the source returned no key, or one that was used before.
         """
         key = await self._ask(peer.source.get_key)
         if any(part in self._asked for part in key.name):
             self.counters.failed += 1
             raise KeySourceUnavailable(
-                "our key source has given the same key twice; see the log of our KME, and whether "
-                "its store was restored from a copy"
+                "our key source returned the same key twice; see the log of our KME, and check "
+                "whether its store was restored from a copy"
             )
         self._remember(key.name)
         self.counters.drawn += 1
@@ -384,7 +389,7 @@ class QkdPskSource:
         if any(part in self._asked for part in name):
             self.counters.repeated += 1
             raise KeyConsumed(
-                "this key was in use before: the message is a replay, or the peer's keys were "
+                "this key was used before: the message is a replay, or the peer's keys were "
                 "restored from a copy"
             )
 
@@ -395,7 +400,7 @@ class QkdPskSource:
                 self._asked.popitem(last=False)
 
     async def _look_up_patiently(self, source: KeySource, name: KeyReference) -> QkdKey:
-        """Retry a look-up: the KMEs may be slightly out of step, as the key has just been drawn."""
+        """Look up a key, with retries: the KMEs may be slightly out of step, as the key is new."""
         wait = self._limits.retry_after
         for _ in range(self._limits.retries):
             try:
@@ -427,7 +432,7 @@ class QkdPskSource:
         """The session with its QKD keys, or with the reason for having none.
 
         Raises:
-            PolicyRefused: a QKD key is required, or must be one that fits the peer's names.
+            PolicyRefused: a QKD key is required, or it must be a key of the peer with these names.
         """
         used = self._used(session)
         self._check_names(session, used)
@@ -446,12 +451,12 @@ class QkdPskSource:
         if session.policy.psk is Requirement.OFF:
             return session
         self.counters.fallbacks += 1
-        reason = missing or "the peer did not offer or did not take one"
+        reason = missing or "the peer did not offer or did not select one"
         self._lines.log(logging.WARNING, "a session without a QKD key: %s", reason)
         return replace(session, qkd_fallback=reason)
 
     def _used(self, session: Session) -> "_Origin | None":
-        """The QKD key of the session: provided for this handshake, or named in the ticket."""
+        """The QKD key of the session: that of this handshake, or the one named in the ticket."""
         if isinstance(session.psk_origin, _Origin):
             return session.psk_origin
         if not session.resumed or session.psk_identity is None:
@@ -475,21 +480,23 @@ class QkdPskSource:
             belongs = session.peer_is_one_of(peer.names)
             if belongs and (used is None or used.peer is not peer):
                 raise PolicyRefused(
-                    f"{peer.source.peer_sae} must use a QKD key of its own", Reason.QKD_KEY_REQUIRED
+                    f"{peer.source.peer_sae} must use one of its own QKD keys",
+                    Reason.QKD_KEY_REQUIRED,
                 )
             if not belongs and used is not None and used.peer is peer:
                 raise PolicyRefused(
-                    f"a QKD key of {peer.source.peer_sae} with the certificate of another peer",
+                    f"a QKD key of {peer.source.peer_sae} was used with the certificate of another "
+                    "peer",
                     Reason.QKD_KEY_REQUIRED,
                 )
 
 
 def _for_pad(key: QkdKey) -> Secret:
-    """The bytes of a key for a one-time pad: those of one link, as they are."""
+    """The bytes of a key for a one-time pad: the key of a single link, unchanged."""
     if len(key.name) != 1:
         raise KeyUnauthorized(_COMBINED)
     if len(key.key) < _LEAST_PAD_KEY:
-        raise KeyUnauthorized(f"a key for a one-time pad has {_LEAST_PAD_KEY} bytes or more")
+        raise KeyUnauthorized(f"a key for a one-time pad must have {_LEAST_PAD_KEY} bytes or more")
     return key.key
 
 

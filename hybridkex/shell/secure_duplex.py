@@ -1,19 +1,19 @@
-"""SecureDuplex: the engine on a stream, in what the streams of trio and of anyio share.
+"""SecureDuplex: the engine over a stream; the common base of the streams for trio and anyio.
 
 How it works:
 
 - The engine does no I/O. Every method here moves bytes between it and the transport, and each
-  direction has one owner at a time: a task that receives and a task that sends never touch the same
-  half of the transport.
+direction has one owner at a time: a receiving task and a sending task never use the same half of
+the transport.
 - The first call that needs the handshake runs it, under a lock, with a deadline.
 - *Encrypting advances the sequence number.* A send that is cancelled half-way leaves the peer with
-  part of a record and us unable to say which, so it breaks sending for good; receiving goes on. A
-  receive that is cancelled loses nothing: what was read is in the engine.
-- Answers to the peer (KeyUpdate, tickets) ride on our next send, so receiving never waits for the
-  transport to take bytes. Only an alert is sent from the receiving side: once, shielded, and with a
-  time limit, before the error is raised.
-- Where the session renews its keys, a :class:`~hybridkex.shell.key_renewer.KeyRenewer` runs beside
-  the caller's tasks and sends too; a lock keeps the two apart.
+part of a record, and we cannot tell which part, so nothing more can be sent; receiving continues. A
+receive that is cancelled loses nothing: the engine has the bytes that were read.
+- Answers to the peer (KeyUpdate, tickets) are sent with our next data, so receiving never waits for
+  the transport to accept bytes. Only an alert is sent from the receiving side: once, shielded, and
+  with a time limit, before the error is raised.
+- If the session renews its keys, a :class:`~hybridkex.shell.key_renewer.KeyRenewer` runs in
+addition to the caller's tasks and sends too; a lock serialises the two.
 """
 
 import contextlib
@@ -47,33 +47,34 @@ from hybridkex.tls.protection import FULL_RECORD
 from hybridkex.tls.session import Session
 
 DEFAULT_HANDSHAKE_TIMEOUT: Final = 10.0
-"""Seconds that a handshake may take."""
+"""The default time limit for a handshake in seconds."""
 
 READ_SIZE: Final = 16 * FULL_RECORD
 _SEND_SIZE: Final = 16 * MAX_PLAINTEXT
 _ALERT_TIMEOUT: Final = 1.0
 _CLOSE_TIMEOUT: Final = 10.0
 _ACKNOWLEDGED_EVERY: Final = 0.02
-"""Seconds between two looks at whether our data was acknowledged."""
+"""Seconds between two checks whether our data was acknowledged."""
 
-# Buffers of these sizes come and go with every call. The GNU C library gives memory back to the
-# kernel beyond twice the size of the largest block that was ever freed (mallopt(3), the dynamic
-# mmap threshold), and every page of the next buffer would have to be fetched again: a third of the
-# time of a bulk transfer. A block that is freed once sets the bound; elsewhere this does nothing.
+# Every call allocates and frees buffers of these sizes. The GNU C library returns freed memory to
+# the kernel beyond twice the size of the largest block that was ever freed (mallopt(3), the dynamic
+# mmap threshold), and every page of the next buffer would fault again: a third of the time of a
+# bulk transfer. Freeing one large block raises the threshold; with other C libraries this has no
+# effect.
 bytearray(4 * READ_SIZE)
 
 
 class SecureDuplex:
     """An encrypted stream over another stream; a subclass adapts it to the streams of a library.
 
-    The errors below are those of the library. A ``BrokenResourceError`` has the reason, one of
-    :mod:`hybridkex.errors`, as its ``__cause__``.
+    The errors named below are those of trio or anyio. A ``BrokenResourceError`` has the reason, one
+    of :mod:`hybridkex.errors`, as its ``__cause__``.
 
     Args:
         config: a :class:`ClientConfig` makes this the client, a :class:`ServerConfig` the server.
         server_hostname: the name or address that the server's certificate must have (client).
         close_notify: send close_notify at the end and demand the peer's.
-        handshake_timeout: seconds that the handshake may take; ``math.inf`` for no limit.
+        handshake_timeout: time limit for the handshake in seconds; ``math.inf`` for no limit.
     """
 
     _lib: ClassVar[Any]
@@ -98,15 +99,15 @@ class SecureDuplex:
         self._complete = False
         self._renewer: KeyRenewer | None = None
         self._pipe: SecurePipe | None = None
-        """The pipe that carries the data in place of our own calls."""
+        """The pipe that moves the data in place of our own methods."""
         self._send_lock = self._lib.Lock()
         self._telling = self._lib.Lock()
         """Held while a task sends the alert of the failure."""
-        # Users' mistakes: two tasks in one direction.
+        # For the error of two tasks in one direction.
         self._sending = _Guard(partial(self._busy, "sending to"))
         self._receiving = _Guard(partial(self._busy, "receiving from"))
         self._flushed: Any = None
-        """Set when the send that is under way has ended; ``None`` while there is none."""
+        """Set when the current send has ended; ``None`` while there is none."""
         self._failure: BaseException | None = None
         self._send_failure: BaseException | None = None
         self._closed = False
@@ -125,18 +126,18 @@ class SecureDuplex:
 
     @property
     def _unacknowledged(self) -> int:
-        """Bytes that the transport has taken and that the peer's system has not acknowledged; 0
-        where that is unknown."""
+        """Bytes that the transport has accepted and the peer's system has not acknowledged; 0 if
+        unknown."""
         raise NotImplementedError
 
     @staticmethod
     def _busy(action: str) -> Exception:
-        """The error of a second task that is ``sending to`` or ``receiving from`` this stream."""
+        """The error for a second task that is ``sending to`` or ``receiving from`` this stream."""
         raise NotImplementedError
 
     @property
     def _connected(self) -> ClientConnection | ServerConnection:
-        """The engine, for those who ask about the session."""
+        """The engine, for queries about the session."""
         return self._connection
 
     # --- properties ---------------------------------------------------------------------------
@@ -147,7 +148,8 @@ class SecureDuplex:
         return self._connected.session
 
     def export(self, label: bytes, context: bytes, length: int) -> Secret:
-        """Keying material for a protocol above: ``length`` bytes (RFC 9846 section 7.5)."""
+        """Exported keying material for an application protocol: ``length`` bytes (RFC 9846 section
+        7.5)."""
         return self._connected.export(label, context, length)
 
     def export_fresh(self, label: bytes, context: bytes, length: int) -> Secret:
@@ -172,7 +174,7 @@ class SecureDuplex:
     # --- the handshake ------------------------------------------------------------------------
 
     async def _handshake(self) -> None:
-        """Run the handshake, if it has not been run."""
+        """Run the handshake, unless it has been run."""
         self._check_usable()
         if self._complete:
             await self._lib.lowlevel.checkpoint()
@@ -180,7 +182,7 @@ class SecureDuplex:
         if self._handshake_lock.locked():
             async with self._handshake_lock:
                 self._check_usable()
-                return  # The task that held the lock has run the handshake, or has failed.
+                return  # The task that held the lock has completed the handshake, or has failed.
         # A caller that is already cancelled does not change the stream.
         await self._lib.lowlevel.checkpoint_if_cancelled()
         self._handshake_lock.acquire_nowait()
@@ -194,12 +196,14 @@ class SecureDuplex:
             with self._lib.move_on_after(self._handshake_timeout) as scope:
                 await self._run_handshake()
             if not self._complete and scope.cancelled_caught:
-                error = HandshakeTimeout(f"no handshake within {self._handshake_timeout:g} seconds")
+                error = HandshakeTimeout(
+                    f"the handshake did not complete within {self._handshake_timeout:g} seconds"
+                )
                 self._connection.abort(error)
                 await self._fail(error)
         finally:
             if not self._complete and self._failure is None:
-                # Cancelled in the middle: part of a flight may be on its way.
+                # Part of a flight may have been sent.
                 self._failure = _Interrupted("the handshake was cancelled")
                 self._connection.release()
 
@@ -250,21 +254,21 @@ class SecureDuplex:
 
     async def _send_for_renewer(self) -> None:
         async with self._send_lock:
-            # At the end, the task that has failed, or closes, sends what is queued.
+            # After a failure or a close, the task that caused it sends what is queued.
             if self._pipe is not None:
                 self._pipe.flush()
             elif self._send_failure is None and self._failure is None and not self._closed:
                 await self._flush()
 
     async def _fail_for_renewer(self, error: PeerError) -> None:
-        """End the connection: the caller's tasks find the reason."""
+        """End the connection; the caller's tasks will raise the reason."""
         if self._pipe is not None:
             self._pipe.end(error)
             return
         try:
             await self._fail(error)
         finally:
-            # The task that has failed first may be sending its alert.
+            # The first task that failed may be sending its alert.
             with self._lib.CancelScope(shield=True):
                 async with self._telling:
                     await self._lib.aclose_forcefully(self.transport_stream)
@@ -289,16 +293,14 @@ class SecureDuplex:
                     await self._handshake()
                 except self._lib.BrokenResourceError as error:
                     if not self._close_notify and isinstance(error.__cause__, TruncationError):
-                        return (
-                            b""  # As in trio: the peer connected and left without sending anything.
-                        )
+                        return b""  # As in trio: the peer connected and sent nothing.
                     raise
             if not self._pending:
                 data = await self._receive_more()
                 if data is None:
                     return b""
                 if max_bytes is None or max_bytes >= len(data):
-                    return data  # As it was decrypted, without a copy.
+                    return data  # Without a copy of the decrypted buffer.
                 self._pending = memoryview(data)
             else:
                 await self._lib.lowlevel.cancel_shielded_checkpoint()
@@ -310,7 +312,8 @@ class SecureDuplex:
     async def _receive_more(self) -> bytes | None:
         """Wait for application data; ``None`` at the peer's close_notify.
 
-        Always a checkpoint, and one that cannot lose what the engine has handed out.
+        This is always a checkpoint, and a cancellation never loses data that the engine has
+        returned.
         """
         connection = self._connection
         waited = False
@@ -385,7 +388,7 @@ class SecureDuplex:
     async def _send(self, data: bytes | bytearray | memoryview) -> None:
         """Send all of ``data``. If this is cancelled, nothing more can be sent.
 
-        Under a one-time pad this waits for QKD keys where too few are there.
+        Under a one-time pad this waits if there are too few QKD keys.
         """
         view = memoryview(data)
         view = view.cast("B") if view.nbytes else memoryview(b"")
@@ -417,7 +420,7 @@ class SecureDuplex:
             self._break(error)
 
     def _queue(self, function: Callable[..., None], *arguments: Any, **options: Any) -> None:
-        """Call a function of the engine that has something to send."""
+        """Call a function of the engine that queues something to send."""
         try:
             function(*arguments, **options)
         except HybridkexError as error:
@@ -449,15 +452,15 @@ class SecureDuplex:
             self._flushed = None
 
     async def update_keys(self, *, request_peer: bool = False) -> None:
-        """Change the key of our direction now (RFC 9846 section 4.7.3); long before the limits of
-        the cipher suite it happens by itself.
+        """Change the key of our direction now (RFC 9846 section 4.7.3); this happens automatically
+        long before the limits of the cipher suite.
 
         If Extended Key Update was negotiated, this starts one, with a QKD key if the policy uses
-        them, and does not wait for its end: then :attr:`session` has another epoch.
+        them, and does not wait for its completion; :attr:`session` will then have a new epoch.
 
         Args:
-            request_peer: ask the peer to change its own too, which it does with its next data. An
-                Extended Key Update changes both in any case.
+            request_peer: ask the peer to change its key, too, which it does with its next data. An
+                Extended Key Update changes both keys in any case.
         """
         with self._sending:
             await self._begin_to_send()
@@ -470,9 +473,9 @@ class SecureDuplex:
                 await self._flush()
 
     async def send_eof(self) -> None:
-        """Send close_notify: no more data will come from us. Receiving goes on.
+        """Send close_notify: we send no more data. Receiving continues.
 
-        The transport stays open in both directions; TLS says the end by itself.
+        The transport stays open in both directions; TLS signals the end itself.
         """
         with self._sending:
             self._check_usable()
@@ -485,8 +488,8 @@ class SecureDuplex:
                 try:
                     await self._flush()
                 except self._lib.BrokenResourceError:
-                    # A peer that has ended its direction may leave at once. All that it sent is
-                    # here, and nothing reads our own close_notify (section 6.1).
+                    # A peer that has ended its direction may close at once. All its data has been
+                    # received, and nothing needs our close_notify (section 6.1).
                     if not self._connection.close_received:
                         raise
 
@@ -496,7 +499,7 @@ class SecureDuplex:
         """Send close_notify, after a handshake and unless a send is under way; close the transport.
 
         This waits until the peer's system has acknowledged close_notify and all data before it, for
-        ten seconds and as long as the caller lets it, but not for the peer's answer. What the peer
+        at most ten seconds and unless cancelled, but not for the peer's answer. Data that the peer
         sends meanwhile is discarded. The transport is closed in any case.
         """
         if self._closed:
@@ -514,7 +517,7 @@ class SecureDuplex:
             await self.transport_stream.aclose()
 
     async def _send_close_notify(self) -> None:
-        """Send close_notify, behind what the key renewer may be sending."""
+        """Send close_notify after any send of the key renewer."""
         async with self._send_lock:
             self._stop_renewer()
             if self._send_failure is None:
@@ -525,8 +528,8 @@ class SecureDuplex:
         """Read and discard until the peer's system has acknowledged all that we have sent.
 
         A TCP connection that is closed with received bytes unread, or that receives more after it
-        was closed, is reset (RFC 9293 section 3.6.1), and what is still on its way is lost. The
-        session tickets that servers send unasked are such bytes.
+        was closed, is reset (RFC 9293 section 3.6.1), and data in flight is lost. The session
+        tickets that servers send unrequested are such bytes.
         """
         while self._unacknowledged:
             with self._lib.move_on_after(_ACKNOWLEDGED_EVERY):
@@ -538,8 +541,8 @@ class SecureDuplex:
     async def abort(self) -> None:
         """Close in a way that the peer cannot take for the end of our data.
 
-        It gets the fatal alert internal_error (RFC 9846 section 6.2) if it can be sent now, and in
-        any case no close_notify. ``async with`` calls this when an exception leaves its block.
+        The peer gets the fatal alert internal_error (RFC 9846 section 6.2) if it can be sent now,
+        and never a close_notify. ``async with`` calls this when an exception leaves its block.
         """
         if self._closed:
             await self._lib.lowlevel.checkpoint()
@@ -547,7 +550,7 @@ class SecureDuplex:
         self._closed = True
         try:
             if self._can_tell:
-                self._connection.abort(InternalError("the application has given up"))
+                self._connection.abort(InternalError("the application aborted the connection"))
                 with self._lib.move_on_after(_ALERT_TIMEOUT), self._unless_gone():
                     await self._send_alert()
         finally:
@@ -555,8 +558,8 @@ class SecureDuplex:
             await self._lib.aclose_forcefully(self.transport_stream)
 
     def _release(self) -> None:
-        """Discard the keys, which a program that keeps a closed stream would keep, and the
-        failures: their tracebacks lead to our frames, and these to us."""
+        """Discard the keys, which a program that keeps a closed stream would keep, and the errors:
+        their tracebacks refer to our frames, and these to this object."""
         self._stop_renewer()
         self._renewer = self._failure = self._send_failure = None
         self._connection.release()
@@ -573,12 +576,12 @@ class SecureDuplex:
 
     @property
     def _can_tell(self) -> bool:
-        """Whether there is a peer to be told of the end, and time to do so."""
+        """Whether the peer can be told of the end, and there is time for it."""
         return self._is_whole and not self._connection.close_sent
 
     @property
     def _is_whole(self) -> bool:
-        """Whether the connection is in order, and there is time to end it in order."""
+        """Whether the connection is intact, and there is time to close it properly."""
         return (
             self._complete
             and self._failure is None
@@ -587,7 +590,7 @@ class SecureDuplex:
         )
 
     def _unless_gone(self) -> contextlib.suppress:
-        """Ignores that the peer is gone already, and with it the need to tell it."""
+        """Ignores errors of a peer that is gone: it need not be told."""
         lib = self._lib
         return contextlib.suppress(
             HybridkexError,
@@ -619,8 +622,8 @@ class SecureDuplex:
             raise self._lib.ClosedResourceError("send_eof was called on this stream")
 
     async def _fail(self, error: HybridkexError) -> NoReturn:
-        """Send the alert, if there is one, and raise. The first failure is the one that counts:
-        another task may find that the engine has ended before it is told why."""
+        """Send the alert, if there is one, and raise. The first failure is reported: another task
+        may notice the end of the engine before it knows the reason."""
         self._check_usable()
         self._failure = reason = self._connection.reason_of(error.with_traceback(None))
         if self._pads is not None:
@@ -633,8 +636,8 @@ class SecureDuplex:
         raise self._broken(reason) from reason
 
     async def _send_alert(self) -> None:
-        """Send the alert that the engine has queued, behind what another task is sending. If that
-        send does not complete, the peer sees the connection end, at least."""
+        """Send the alert that the engine has queued, after the send of another task. If that send
+        does not complete, the peer at least sees the connection end."""
         if self._flushed is not None:
             await self._flushed.wait()
         if self._send_failure is None:
@@ -642,7 +645,7 @@ class SecureDuplex:
 
 
 class _Interrupted(HybridkexError):
-    """A send was cancelled in the middle, which breaks the stream."""
+    """A send was cancelled after it had begun, which breaks the stream."""
 
 
 class _Guard:

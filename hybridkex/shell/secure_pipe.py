@@ -1,8 +1,8 @@
-"""SecurePipe: a secure stream without its calls, for who moves the bytes by a socket's readiness.
+"""SecurePipe: a secure connection for callers that move the bytes when a socket is ready.
 
-A call of a stream that waits costs its event loop more than a short record costs the engine. Here
-nothing waits: the caller gives what it has read to :meth:`SecurePipe.received`, and what
-:meth:`SecurePipe.sealed` returns is for the socket, in that order.
+A stream method that waits costs its event loop more than a short record costs the engine. Here
+nothing waits: the caller passes the bytes that it has read to :meth:`SecurePipe.received`, and
+writes the results of :meth:`SecurePipe.sealed` to the socket, in that order.
 """
 
 from collections.abc import Callable
@@ -22,16 +22,16 @@ Put: TypeAlias = Callable[[bytes | bytearray], object]
 class SecurePipe:
     """The engine of one connection after its handshake; nothing here waits.
 
-    Session tickets that come are put into the ticket store, and not written to its file.
+    Received session tickets are put into the ticket store, but not written to its file.
 
     Args:
         connection: the engine.
-        renewer: renews the keys, where they are renewed.
+        renewer: renews the keys, if they are renewed.
         close_notify: whether the end of the transport without close_notify is an error.
         deliver: called with application data, in order.
-        put: called with records that the engine sends by itself, for the socket.
-        resume: called when what has waited for a one-time pad may go on.
-        failed: called with the error by which the renewal of keys ends the connection.
+        put: called with records of the engine itself, for the socket.
+        resume: called when data that waited for a one-time pad can continue.
+        failed: called with the error if the renewal of keys ends the connection.
     """
 
     def __init__(
@@ -62,11 +62,11 @@ class SecurePipe:
     # --- in -----------------------------------------------------------------------------------
 
     def received(self, data: memoryview) -> None:
-        """Take bytes from the socket, none at its end, and deliver what is in them. The memory may
+        """Process bytes from the socket (empty at its end) and deliver their data. The buffer may
         change afterwards.
 
         Raises:
-            HybridkexError: the connection has failed; :meth:`alert` has what is left to send.
+            HybridkexError: the connection has failed; :meth:`alert` returns the bytes left to send.
         """
         if len(data) > HEADER_LENGTH:
             content = self._connection.receive_record(data[:HEADER_LENGTH], data[HEADER_LENGTH:])
@@ -86,7 +86,7 @@ class SecurePipe:
         self.take_events()
 
     def take_events(self) -> None:
-        """Deliver what has been received and waited. Raises as :meth:`received`."""
+        """Deliver received data that had to wait. Raises as :meth:`received`."""
         connection, renewer = self._connection, self._renewer
         try:
             while (event := connection.next_event()) is not None:
@@ -107,27 +107,27 @@ class SecurePipe:
 
     @property
     def waits_for_pad(self) -> bool:
-        """Whether what has been received needs a key of a one-time pad: read no more until
-        ``resume`` is called."""
+        """Whether received data needs a key of a one-time pad: do not read until ``resume`` is
+        called."""
         return self._connection.waits_for_pad
 
     # --- out ----------------------------------------------------------------------------------
 
     @property
     def most(self) -> int | None:
-        """Bytes that may be sealed at once; ``None`` for any number."""
+        """The maximum number of bytes for one call of :meth:`sealed`; ``None`` for no limit."""
         return None if self._pads is None else self._pads.piece
 
     def ready(self, size: int) -> bool:
-        """Whether so many bytes may be sealed now, of :attr:`most`; if not, ``resume`` is called
-        later."""
+        """Whether so many bytes, up to :attr:`most`, can be sealed now; if not, ``resume`` is
+        called later."""
         return self._pads is None or self._pads.ready(size)
 
     def sealed(self, data: memoryview | bytes | bytearray) -> bytes | bytearray:
         """The records of application data, for the socket.
 
         Raises:
-            HybridkexError: it cannot be sent.
+            HybridkexError: nothing can be sent.
         """
         self.has_carried_data = True
         if self._renewer is not None:
@@ -140,16 +140,16 @@ class SecurePipe:
         return self._connection.data_to_send()
 
     def closing(self) -> bytes | bytearray:
-        """Our close_notify, for the socket, behind all data.
+        """Our close_notify, for the socket, after all data.
 
         Raises:
-            HybridkexError: it cannot be sent.
+            HybridkexError: nothing can be sent.
         """
         self._connection.send_close()
         return self._connection.data_to_send()
 
     def flush(self) -> None:
-        """Put what the engine sends by itself."""
+        """Pass on the records of the engine itself."""
         if self._connection.has_data_to_send:
             self._put(self._connection.data_to_send())
 
@@ -160,13 +160,13 @@ class SecurePipe:
         return self._connection.data_to_send()
 
     def end(self, error: HybridkexError) -> None:
-        """Fail for a reason that the renewal of keys has found."""
+        """Fail for a reason of the renewal of keys."""
         if self.failure is None:
             self._fail(error)
             self._failed(error)
 
     def _fail(self, error: HybridkexError) -> None:
-        """The first failure is the one that counts."""
+        """Record a failure; only the first one is reported."""
         if self.failure is None:
             self.failure = self._connection.reason_of(error)
             if self._pads is not None:

@@ -1,6 +1,6 @@
-"""The queries of the ssl module's connections, answered from a session, and its exceptions.
+"""The query methods of the ssl module's connections, answered from a session, and its exceptions.
 
-The shapes are those of :meth:`ssl.SSLSocket.getpeercert` and the other query methods.
+The results have the form of :meth:`ssl.SSLSocket.getpeercert` and the other query methods.
 """
 
 from dataclasses import dataclass
@@ -43,15 +43,15 @@ Name = tuple[tuple[tuple[str, str], ...], ...]
 
 def is_ssl_error(cause: BaseException) -> bool:
     """Whether the ``ssl`` module has an exception for an error of the engine: ``SSLError``, and
-    ``SSLCertVerificationError`` for ``CertificateRejected``. It has none where the connection ended
-    or this side ended it."""
+    ``SSLCertVerificationError`` for ``CertificateRejected``. It has none for a connection that
+    ended or that this side ended."""
     return isinstance(cause, PeerError | AlertReceived | KeySourceError) and not isinstance(
         cause, HandshakeTimeout
     )
 
 
 def describe(error: Any, cause: BaseException) -> None:
-    """Set what programs read from an ``ssl.SSLError``."""
+    """Set the attributes that programs read from an ``ssl.SSLError``."""
     error.errno, error.strerror = _SSL_ERROR_SSL, str(cause)
     error.library, error.reason = "SSL", "INTERNAL_ERROR"
     if isinstance(cause, CertificateRejected):
@@ -106,7 +106,7 @@ def cipher_of(session: Session) -> tuple[str, str, int]:
 def peercert_of(session: Session) -> dict[str, Any] | None:
     """The peer's certificate in the form of :meth:`ssl.SSLSocket.getpeercert`.
 
-    ``None`` without a certificate; an empty dictionary where it was not verified.
+    ``None`` without a certificate; an empty dictionary if it was not verified.
     """
     shown = session.peer_credential
     if not isinstance(shown, PeerCertificate):

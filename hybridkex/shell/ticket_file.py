@@ -1,4 +1,4 @@
-"""A ticket store in a file, which outlives the process."""
+"""A ticket store in a file, which persists after the process ends."""
 
 import base64
 import json
@@ -25,29 +25,29 @@ LOG: Final = get_logger(__name__)
 _KEPT: Final = 4
 """Tickets per server."""
 _MOST: Final = 4 << 20
-"""Bytes of the file. A server decides how long its tickets and its chain are, up to some 1 MB, and
-:func:`~hybridkex.files.read_utf8` refuses a file of more than 16 MiB."""
+"""The maximum length of the file in bytes. A server decides how long its tickets and its chain are,
+up to about 1 MB, and :func:`~hybridkex.files.read_utf8` refuses a file of more than 16 MiB."""
 
 
 _STORES: Final[WeakSet[Any]] = WeakSet()
-"""All stores, for the child of a fork."""
+"""All stores, for the child process of a fork."""
 
 
 class FileTicketStore:
-    """Tickets per server, as JSON in a file that only its owner can read: the newest four, of the
-    most recent servers that fit in 4 MiB.
+    """Tickets per server, as JSON in a file that only its owner can read: the newest four per
+    server, for as many recent servers as fit in 4 MiB.
 
     The engine works on the copy in memory; :meth:`flush`, which the shells call in a worker thread,
-    writes the file. A ticket has left the file before the ClientHello with it is sent: it is not
-    used twice, whenever the process ends. New tickets that cannot be written are a warning in the
-    log, once until the file can be written again.
+    writes the file. A ticket is removed from the file before the ClientHello with it is sent, so it
+    is not used twice even if the process ends at any moment. New tickets that cannot be written are
+    a warning in the log, once until the file can be written again.
 
     Args:
         path: the file, which is read now; it need not exist, but its folder must.
         clock: seconds since the epoch.
 
     Raises:
-        ConfigError: the file cannot be read, is not a ticket store, or is in no folder that exists.
+        ConfigError: the file cannot be read, is not a ticket store, or its folder does not exist.
     """
 
     def __init__(self, path: str | Path, *, clock: Callable[[], float] = time.time) -> None:
@@ -73,7 +73,7 @@ class FileTicketStore:
             self._change(server, kept)
 
     def take(self, server: str, binding: bytes | None = None) -> SessionTicket | None:
-        """The newest usable ticket with this binding, which leaves the store."""
+        """Remove and return the newest usable ticket with this binding."""
         with self._changing:
             return self._take(server, binding)
 
@@ -91,7 +91,7 @@ class FileTicketStore:
         if fitting:
             kept.remove(fitting[-1][0])
         self._change(server, kept)
-        self._taken |= bool(fitting)  # last: a thread may be writing the table of before
+        self._taken |= bool(fitting)  # last: a thread may be writing the previous table
         return fitting[-1][1] if fitting else None
 
     def _load(self) -> dict[str, list[Any]]:
@@ -100,7 +100,7 @@ class FileTicketStore:
         except FileNotFoundError as error:
             raise write_error(self._path, error) from None
         except (OSError, ValueError):
-            pass  # the reader says what is wrong
+            pass  # the reader reports the cause
         try:
             text = read_utf8(self._path, missing=b"{}", own=True)
             tickets = load_json(text, most_values=None)
@@ -124,7 +124,8 @@ class FileTicketStore:
             self._write()
 
     def _change(self, server: str, kept: list[Any]) -> None:
-        """A new table, since a thread may be writing the present one; the newest comes last."""
+        """Replace the table, since a thread may be writing the present one; the newest entry is
+        last."""
         tickets = {name: old for name, old in self._tickets.items() if name != server}
         self._sizes.pop(server, None)
         if kept:
@@ -149,7 +150,7 @@ class FileTicketStore:
             except OSError:
                 if not taken or not self._path.is_file():
                     raise
-                self._path.unlink()  # a full disk has room for the new file then
+                self._path.unlink()  # then a full disk has room for the new file
                 taken = False
                 write_file(self._path, content)
         except OSError as error:
@@ -166,7 +167,7 @@ class FileTicketStore:
 
 
 def _forget_locks() -> None:
-    """The child of a fork has none of the threads that may have held them."""
+    """A forked child has none of the threads that may have held the locks."""
     for store in list(_STORES):
         store._make_locks()
 
@@ -198,7 +199,7 @@ def _to_json(ticket: SessionTicket) -> dict[str, Any]:
 
 
 def _from_json(fields: dict[str, Any]) -> SessionTicket:
-    """Raises ``KeyError``, ``TypeError`` or ``ValueError`` for what no ticket of ours has."""
+    """Raises ``KeyError``, ``TypeError`` or ``ValueError`` if it is not a ticket of ours."""
     suite = {suite.name: suite for suite in ALL_SUITES}[fields["suite"]]
     psk, ticket = _bytes(fields["psk"]), _bytes(fields["ticket"])
     if len(psk) != suite.hash.size or not ticket:

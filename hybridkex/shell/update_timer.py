@@ -16,8 +16,8 @@ _LAST_RETRY: Final = 30.0
 """Seconds between attempts, while the key source or the peer has no key."""
 
 AT_ONCE: Final = 16
-"""Updates that we start in a row without data between them, besides one a second: half of what a
-peer takes (:attr:`~hybridkex.tls.config.Limits.key_updates`)."""
+"""The number of consecutive updates that we start without data between them, in addition to one per
+second: half of what a peer accepts (:attr:`~hybridkex.tls.config.Limits.key_updates`)."""
 
 
 class UpdateTimer:
@@ -30,7 +30,7 @@ class UpdateTimer:
         self._interval = 0.0
         self._pace = TokenBucket(1.0, AT_ONCE, clock=current_time)
         self._paced = False
-        """Whether the pace allows the update that is due."""
+        """Whether the rate limit allows the update that is due."""
         self.done()
 
     def done(self) -> None:
@@ -40,9 +40,9 @@ class UpdateTimer:
         self.late = math.inf
         """The time at which an update that is due is late."""
         self.bytes = 0
-        """Application data of both directions since the last update."""
-        self._obstacle = "it was not begun"
-        """Why the last attempt came to nothing."""
+        """Bytes of application data in both directions since the last update."""
+        self._obstacle = "it was not started"
+        """Why the last attempt failed."""
         self._retry, self._not_before = _FIRST_RETRY, -math.inf
 
     def close(self) -> None:
@@ -51,7 +51,7 @@ class UpdateTimer:
         self.why = None
 
     def count(self, size: int) -> bool:
-        """Count application data. Returns whether an update has become due by it."""
+        """Count application data. Returns whether it made an update due."""
         self.bytes += size
         self._pace.fill()
         most = self._schedule.after_bytes if self._schedule is not None else None
@@ -72,7 +72,7 @@ class UpdateTimer:
             self._not_before = -math.inf
 
     def look(self, now: float) -> None:
-        """Notice that the interval is over."""
+        """Check whether the interval has passed."""
         if self.why is None and now >= self._due:
             self.want("every")
 
@@ -94,7 +94,7 @@ class UpdateTimer:
         return self._paced
 
     def missed(self) -> str:
-        """An update is late; it is reported once. Returns why the last attempt came to nothing."""
+        """Report, once, that an update is late. Returns why the last attempt failed."""
         self.late = math.inf
         return self._obstacle
 
@@ -103,7 +103,7 @@ class UpdateTimer:
         self._paced = False
 
     def next_time(self, *, idle: bool) -> float:
-        """When there is something to do; ``idle``: an update that is due could be started."""
+        """When to act next; ``idle``: whether an update that is due could be started."""
         until = min(self._due if self.why is None else math.inf, self.late)
         return min(until, self._not_before) if self.why is not None and idle else until
 

@@ -14,8 +14,8 @@ T = TypeVar("T", bound=Stream)
 class SecureListener(Listener[SecureStream[T]], Generic[T]):
     """Accepts streams and wraps them.
 
-    The handshake does not run here: it runs in the task that handles the connection, at its first
-    send or receive, so that a peer that stalls does not block other peers.
+    The handshake does not run here: it runs at the first send or receive, in the task that handles
+    the connection, so that a slow peer does not block others.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class SecureListener(Listener[SecureStream[T]], Generic[T]):
         self._handshake_timeout = handshake_timeout
 
     async def accept(self) -> SecureStream[T]:
-        """The next connection; its handshake has not been run."""
+        """The next connection, before its handshake."""
         return SecureStream(
             await self.transport_listener.accept(),
             self._config,

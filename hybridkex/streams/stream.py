@@ -1,6 +1,6 @@
-"""SecureStream: the engine on a trio stream, in the shape of ``trio.SSLStream``.
+"""SecureStream: the engine on a trio stream, with the interface of ``trio.SSLStream``.
 
-:mod:`hybridkex.shell.secure_duplex` says how it works.
+:mod:`hybridkex.shell.secure_duplex` explains how it works.
 """
 
 import operator
@@ -26,15 +26,16 @@ class SecureStream(SecureDuplex, HalfCloseableStream, Generic[T]):
     """An encrypted stream over another stream.
 
     Args:
-        transport_stream: what carries the bytes; this stream owns it from now on.
+        transport_stream: the stream that carries the records; the new stream owns it.
         config: a :class:`ClientConfig` makes this the client, a :class:`ServerConfig` the server.
-        server_hostname: the name or address that the server's certificate must have (client).
-        https_compatible: do not send or ask for close_notify at the end, as HTTPS does not; then
-            only the protocol above can tell a cut connection from an ended one.
-        handshake_timeout: seconds that the handshake may take; ``math.inf`` for no limit.
+        server_hostname: the name or address that the server's certificate must be valid for
+            (client).
+        https_compatible: neither send nor require close_notify at the end, as usual for HTTPS; then
+            only the application protocol can detect a truncated connection.
+        handshake_timeout: time limit for the handshake in seconds; ``math.inf`` for no limit.
 
-    Errors come as ``trio.SSLStream``'s do: :exc:`trio.BrokenResourceError` with the reason, one of
-    :mod:`hybridkex.errors`, as its ``__cause__``.
+    Errors are those of ``trio.SSLStream``: :exc:`trio.BrokenResourceError`, whose ``__cause__`` is
+    the reason, an error of :mod:`hybridkex.errors`.
     """
 
     _lib: ClassVar = trio
@@ -90,10 +91,10 @@ class SecureStream(SecureDuplex, HalfCloseableStream, Generic[T]):
         return self._has_carried_data or (self._pipe is not None and self._pipe.has_carried_data)
 
     async def do_handshake(self) -> None:
-        """Run the handshake, if it has not been run. The first send or receive does so too.
+        """Run the handshake, unless it has been run. The first send or receive does this, too.
 
         Raises:
-            trio.BrokenResourceError: it failed; ``__cause__`` says why.
+            trio.BrokenResourceError: the handshake failed; ``__cause__`` is the reason.
         """
         await self._handshake()
 
@@ -101,8 +102,8 @@ class SecureStream(SecureDuplex, HalfCloseableStream, Generic[T]):
         """Data from the peer; ``b""`` once it has closed its direction.
 
         Raises:
-            trio.BrokenResourceError: the connection failed or was cut; ``__cause__`` says why.
-            trio.ClosedResourceError: this stream was closed.
+            trio.BrokenResourceError: the connection failed or was truncated; ``__cause__`` is the
+                reason. trio.ClosedResourceError: this stream was closed.
             trio.BusyResourceError: another task is receiving.
         """
         if max_bytes is not None and operator.index(max_bytes) < 1:
@@ -112,12 +113,12 @@ class SecureStream(SecureDuplex, HalfCloseableStream, Generic[T]):
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Send all of ``data``. If this is cancelled, nothing more can be sent.
 
-        Under a one-time pad this waits for QKD keys where too few are there; :attr:`pad` tells
-        beforehand. If none comes before the deadline of :class:`~hybridkex.OneTimePad`, the session
-        ends with :exc:`~hybridkex.errors.PadExhausted`.
+        Under a one-time pad this waits if there are too few QKD keys; :attr:`pad` shows this in
+        advance. If no key arrives before the deadline of :class:`~hybridkex.OneTimePad`, the
+        session ends with :exc:`~hybridkex.errors.PadExhausted`.
 
         Raises:
-            trio.BrokenResourceError: the connection failed; ``__cause__`` says why.
+            trio.BrokenResourceError: the connection failed; ``__cause__`` is the reason.
             trio.ClosedResourceError: this stream was closed, or its sending direction was.
             trio.BusyResourceError: another task is sending.
         """
@@ -132,8 +133,8 @@ class SecureStream(SecureDuplex, HalfCloseableStream, Generic[T]):
     async def wait_peer_gone(self) -> None:
         """Wait until the transport ends, once :meth:`receive_some` has returned ``b""``.
 
-        Any data received behind close_notify is ignored (section 6.1), and so is whether the
-        transport ends by an orderly close or by a reset: nothing was lost.
+        Data after close_notify is ignored (section 6.1). The transport may end by a close or by a
+        reset; neither loses data.
 
         Raises:
             trio.ClosedResourceError: this stream was closed.
@@ -155,16 +156,16 @@ class SecureStream(SecureDuplex, HalfCloseableStream, Generic[T]):
         resume: Callable[[], object],
         failed: Callable[[HybridkexError], object],
     ) -> AsyncIterator[SecurePipe]:
-        """In this context the caller moves the bytes, between the socket of the transport and the
-        :class:`~hybridkex.shell.secure_pipe.SecurePipe` that it is given; the handshake must be
-        complete. Afterwards the stream can be closed, in order if all bytes for the socket have
-        been sent.
+        """In this context the caller moves the bytes between the socket of the transport and the
+        :class:`~hybridkex.shell.secure_pipe.SecurePipe` that the context returns; the handshake
+        must be complete. Afterwards the stream can be closed, with close_notify if all bytes for
+        the socket have been sent.
 
         Args:
             deliver: called with application data.
-            put: called with records that are to be sent between others.
-            resume: called when what has waited for a one-time pad may go on.
-            failed: called with the error by which the renewal of keys ends the connection.
+            put: called with records of the engine itself, for the socket.
+            resume: called when data that waited for a one-time pad can continue.
+            failed: called with the error if the renewal of keys ends the connection.
 
         Raises:
             trio.NeedHandshakeError: there has been no handshake.
@@ -195,7 +196,8 @@ class SecureStream(SecureDuplex, HalfCloseableStream, Generic[T]):
                 self._failure = self._failure or pipe.failure
 
     async def unwrap(self) -> tuple[Stream, bytes]:
-        """End TLS in both directions; returns the transport and what came behind the end.
+        """End TLS in both directions; returns the transport and the bytes received after
+        close_notify.
 
         Raises:
             trio.BrokenResourceError: the peer did not end it cleanly, or data came that nobody has
@@ -211,7 +213,7 @@ class SecureStream(SecureDuplex, HalfCloseableStream, Generic[T]):
                 self._queue(self._connection.send_close)
                 await self._flush()
             if self._pending or await self._receive_more() is not None:
-                await self._fail(LocalStateError("unwrap, and there is data left to receive"))
+                await self._fail(LocalStateError("cannot unwrap: there is data left to receive"))
             if not self._connection.close_received:
                 await self._fail(TruncationError())
             transport, self._closed = self.transport_stream, True

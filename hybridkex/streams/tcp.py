@@ -18,7 +18,7 @@ from hybridkex.tls.config import ClientConfig, ServerConfig, check_config
 _log = get_logger("hybridkex.streams")
 
 MAX_CONNECTIONS: Final = 10_000
-"""Connections at once of :func:`serve_secure_tcp`, unless told otherwise."""
+"""The default maximum of simultaneous connections of :func:`serve_secure_tcp`."""
 
 
 async def open_secure_tcp_stream(
@@ -31,11 +31,11 @@ async def open_secure_tcp_stream(
     handshake_timeout: float = DEFAULT_HANDSHAKE_TIMEOUT,
     happy_eyeballs_delay: float | None = 0.25,
 ) -> SecureStream[trio.SocketStream]:
-    """Connect to ``host``; the handshake runs at the first use, or with ``do_handshake``.
+    """Connect to ``host``; the handshake runs at the first send or receive, or by ``do_handshake``.
 
     Raises:
-        OSError: no connection.
-        ConfigError: ``config`` is not a ``ClientConfig``, or the name is not that of a host.
+        OSError: the connection failed.
+        ConfigError: ``config`` is not a ``ClientConfig``, or ``host`` is not a host name.
     """
     check_config(config, ClientConfig)
     name = host if server_hostname is None else server_hostname
@@ -118,11 +118,11 @@ async def serve_secure_tcp(  # noqa: PLR0913  # those of trio.serve_ssl_over_tcp
         host: address to listen on; ``None`` for all interfaces.
         https_compatible: see :class:`SecureStream`.
         backlog: length of the kernel's queue.
-        handshake_timeout: seconds for a handshake.
-        max_connections: connections at once, after their handshakes. One more takes the place of
-            the oldest connection that has carried no data for a second, of the address that has the
-            most; or of the newest connection of that address, if its own has at least two fewer;
-            else it is closed.
+        handshake_timeout: time limit for a handshake in seconds.
+        max_connections: the maximum number of simultaneous connections after their handshakes. If
+            it is reached, a new connection replaces one of the address with the most connections:
+            the oldest that has carried no data for a second or, if the new connection's address has
+            at least two fewer, the newest. Otherwise the new connection is closed.
         handler_nursery: where handlers run, if they must outlive this call.
         task_status: given the listeners.
 
@@ -144,7 +144,7 @@ async def serve_secure_tcp(  # noqa: PLR0913  # those of trio.serve_ssl_over_tcp
         handle,
         name=f"port {sockets[0].socket.getsockname()[1]}",
         logger=_log,
-        # The stream's own time limit, which tells the peer, comes first.
+        # The stream's own time limit, which sends the peer an alert, is shorter.
         handshake_seconds=handshake_timeout + 1,
     )
     await supervisor.serve(listeners, connections=handler_nursery, task_status=task_status)

@@ -112,8 +112,8 @@ def _lacks(
         return "our policy excludes PSKs, and the session has one"
     if by not in config.once(_enough):
         return (
-            f"our policy requires authentication by {config.authentication.value}, and the "
-            f"session has {by.value}"
+            f"our policy requires authentication by {config.authentication.value}, and the session "
+            f"has {by.value}"
         )
     return None
 

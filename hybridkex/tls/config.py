@@ -239,8 +239,7 @@ class _Config:
         if self.policy.psk is Requirement.REQUIRE and not self.has_psk:
             raise ConfigError(
                 "the policy requires a PSK, and none is configured: give psks=(ExternalPsk(...),) "
-                "or "
-                "psk_source=QkdPskSource(source)"
+                "or psk_source=QkdPskSource(source)"
             )
         for psk in self.psks:
             if not psk.imported and all(suite.hash != psk.hash for suite in self.suites):
@@ -586,6 +585,6 @@ def check_config(config: object, *kinds: type["ClientConfig | ServerConfig"]) ->
     """
     if not isinstance(config, kinds):
         raise ConfigError(
-            f"a connection takes a {' or a '.join(kind.__name__ for kind in kinds)}, "
-            f"not {described(config)}"
+            f"a connection takes a {' or a '.join(kind.__name__ for kind in kinds)}, not "
+            f"{described(config)}"
         )

@@ -141,8 +141,7 @@ class Connection:
         """The next event, or ``None`` until the caller provides more bytes, a PSK or a decision.
 
         Raises:
-            PeerError: the peer broke the protocol or was refused; the alert is in
-                ``data_to_send``.
+            PeerError: the peer broke the protocol or was refused; the alert is in ``data_to_send``.
             AlertReceived: the peer ended the connection.
         """
         records = self._records
@@ -327,8 +326,8 @@ class Connection:
         )
         if self._close_sent or self._close_received:
             raise LocalStateError(
-                "a key update can start only after the handshake and before the "
-                "connection is closed"
+                "a key update can start only after the handshake and before the connection is "
+                "closed"
             )
         self._seal_one = None
         updates.start(self._records, key, missing, why)
@@ -435,8 +434,9 @@ class Connection:
         )
 
     def abort(self, error: PeerError) -> None:
-        """End the connection for a reason of the caller, and queue its alert. A caller also refuses
-        a proposed session in this way.
+        """End the connection for a reason of the caller, and queue its alert.
+
+        A caller also refuses a proposed session in this way.
         """
         if self._error is None:
             self._fail(error)
@@ -448,9 +448,10 @@ class Connection:
         return error
 
     def release(self) -> None:
-        """Discard all keys: the connection has failed, or its transport is closed. A program may
-        keep the object of a closed connection for a long time. Only :attr:`session`, :attr:`pad`,
-        :attr:`close_sent` and :attr:`close_received` remain; everything else raises
+        """Discard all keys: the connection has failed, or its transport is closed.
+
+        A program may keep the object of a closed connection for a long time. Only :attr:`session`,
+        :attr:`pad`, :attr:`close_sent` and :attr:`close_received` remain; everything else raises
         :exc:`~hybridkex.LocalStateError`.
         """
         if isinstance(self._state, _TRAFFIC):

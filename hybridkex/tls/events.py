@@ -37,8 +37,8 @@ class SessionProposed:
     """The session that the connection will have if it is accepted. It satisfies the policy of the
     configuration."""
     peer: VerifiedPeer | None
-    """The peer, if it presented a certificate or a raw public key. If ``peer.remember`` is
-    set, call it before accepting; it may write a file."""
+    """The peer, if it presented a certificate or a raw public key. If ``peer.remember`` is set,
+    call it before accepting; it may write a file."""
 
 
 @value

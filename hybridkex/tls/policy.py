@@ -39,8 +39,8 @@ class Policy:
         psk: whether an external PSK (a QKD key) must be in the key schedule. ``None`` requires one
             where PSKs or a source of them are configured.
         authentication: ``None`` derives it from what is configured: a certificate where only
-            certificates are, a PSK where only PSKs are, both where both are. Where
-            ``psk`` is preferred and there is none, ``BOTH`` accepts the certificate alone.
+            certificates are, a PSK where only PSKs are, both where both are. Where ``psk`` is
+            preferred and there is none, ``BOTH`` accepts the certificate alone.
         fresh_keys: whether a live session renews its keys by a new key exchange (Extended Key
             Update, experimental); such a session neither issues nor accepts session tickets.
             ``None`` requires it where a schedule is configured, and leaves it off elsewhere.

@@ -241,10 +241,11 @@ class ReadProtection:
         return inner[:-1]
 
     def open_data(self, incoming: RecordBuffer, out: memoryview) -> int:
-        """Decrypt consecutive records of application data; returns the number of data bytes. This
-        is :meth:`open` for many records, without creating an object for each. It stops, without
-        changing anything, before the first record that is not complete, valid, unpadded application
-        data; that record is for :meth:`open`.
+        """Decrypt consecutive records of application data; returns the number of data bytes.
+
+        This is :meth:`open` for many records, without creating an object for each. It stops,
+        without changing anything, before the first record that is not complete, valid, unpadded
+        application data; that record is for :meth:`open`.
 
         Args:
             incoming: the received bytes.

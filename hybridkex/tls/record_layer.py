@@ -1,9 +1,9 @@
 """The record layer (RFC 9846 section 5): records to messages and data, and back.
 
-The states of the handshake read and write messages through the two halves of a
-:class:`RecordLayer` and change their keys; they never see a record. The rules of RFC 9846 section 5
-are all here: what may be fragmented, what may be empty, what may come between two fragments of a
-message, and how much is buffered.
+The states of the handshake read and write messages through the two halves of a :class:`RecordLayer`
+and change their keys; they never see a record. The rules of RFC 9846 section 5 are all here: what
+may be fragmented, what may be empty, what may come between two fragments of a message, and how much
+is buffered.
 """
 
 from collections import deque
@@ -320,9 +320,10 @@ class ReadingHalf:
             )
 
     def skip_early_data(self, *, after_retry: bool) -> None:
-        """Ignore the early data of a client, which we never accept (section 4.3.10). After
-        HelloRetryRequest these records have another type than the second ClientHello; otherwise
-        they are records that do not decrypt.
+        """Ignore the early data of a client, which we never accept (section 4.3.10).
+
+        After HelloRetryRequest these records have another type than the second ClientHello;
+        otherwise they are records that do not decrypt.
         """
         self._early_data_budget = _MAX_SKIPPED_EARLY_DATA
         self._skip_unprotected = after_retry

@@ -1,5 +1,7 @@
-"""How the server reads a ClientHello, and what it chooses from it, except the PSK. Nothing is sent
-and no state is kept: each function depends only on the configuration and the ClientHello.
+"""How the server reads a ClientHello, and what it chooses from it, except the PSK.
+
+Nothing is sent and no state is kept: each function depends only on the configuration and the
+ClientHello.
 """
 
 import hashlib
@@ -63,8 +65,9 @@ class OfferedPsk:
 
     @property
     def hash(self) -> HashFunction | None:
-        """The hash of the PSK, if the identity states it and is for this protocol. A plain external
-        PSK does not state it; the default is SHA-256 (section 4.3.11).
+        """The hash of the PSK, if the identity states it and is for this protocol.
+
+        A plain external PSK does not state it; the default is SHA-256 (section 4.3.11).
         """
         if self.imported is None:
             return SHA256

@@ -3,8 +3,7 @@
 Both are sealed with AES-256-GCM under keys that only the server has. A ticket holds the whole state
 of a session (RFC 9846 section 4.7.1); its keys are rotated, since an attacker who obtains one can
 impersonate the server in resumptions under it (but cannot decrypt them: every resumption has a new
-key exchange). A cookie holds what the server needs from the first ClientHello (section
-4.3.2).
+key exchange). A cookie holds what the server needs from the first ClientHello (section 4.3.2).
 """
 
 import os

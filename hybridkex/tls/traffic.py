@@ -242,8 +242,8 @@ class _Traffic:
         protection = records.writer.keyed
         if protection.remaining <= 0:
             raise LocalStateError(
-                "our key has reached its limit of records, and no key update was completed; open "
-                "a new connection"
+                "our key has reached its limit of records, and no key update was completed; open a "
+                "new connection"
             )
         if self._update_wanted or not protection.update_due:
             return

@@ -1,4 +1,4 @@
-"""The presentation language of RFC 9846 section 3: bounded reading and bounded writing.
+"""The presentation language of RFC 9846 section 3: bounds-checked reading and writing.
 
 A :class:`Reader` never reads past its end and never trusts a length: for any input it returns what
 was asked for or raises :class:`~hybridkex.errors.DecodeError`. The functions that write raise
@@ -19,9 +19,9 @@ _ENTRY = Struct(">HH")
 class Reader:
     """A cursor over bytes, from ``start`` to ``end``.
 
-    Numbers are read where they lie and a vector's reader looks at the same bytes: a slice for each
-    of them would cost more than all the rest of a message. Each method moves the cursor by itself,
-    since a call for it would cost as much as the reading.
+    Numbers are read in place, and the reader of a vector shares the same bytes, because slicing
+    would cost more than parsing the rest of a message. Each method moves the cursor itself, because
+    a function call would cost as much as the reading.
     """
 
     __slots__ = ("_data", "_end", "_position")
@@ -36,7 +36,7 @@ class Reader:
         return self._end - self._position
 
     def _too_short(self, length: int) -> DecodeError:
-        return DecodeError(f"{length} bytes expected where {self.remaining} are left")
+        return DecodeError(f"{length} bytes are expected and {self.remaining} are left")
 
     def take(self, length: int) -> bytes:
         """Exactly ``length`` bytes."""
@@ -72,7 +72,7 @@ class Reader:
         return int.from_bytes(self.take(8), "big")
 
     def _content(self, width: int, least: int, most: int | None) -> int:
-        """Go past a vector; returns where its content starts."""
+        """Skip a vector; returns the position of its content."""
         head, data = self._position, self._data
         start = head + width
         if start > self._end:
@@ -82,7 +82,9 @@ class Reader:
         else:
             length = int.from_bytes(data[head:start], "big")
         if length < least or (most is not None and length > most):
-            raise DecodeError(f"a vector of {length} bytes where {least} to {most or '...'} may be")
+            raise DecodeError(
+                f"a vector of {length} bytes, where {least} to {most or '...'} are allowed"
+            )
         end = start + length
         if end > self._end:
             self._position = start
@@ -108,7 +110,7 @@ class Reader:
         return unpack(f">{len(content) // 2}H", content)
 
     def entries(self) -> list[tuple[int, bytes]]:
-        """All that is left, as entries: a 16-bit type and a vector of up to 65,535 bytes."""
+        """All remaining bytes as entries: a 16-bit type and a vector of up to 65,535 bytes."""
         data, position, end = self._data, self._position, self._end
         found = []
         while position < end:
@@ -152,11 +154,12 @@ def _vector(width: int, content: bytes, most: int) -> bytes:
 vector8, vector16, vector24, vector32 = (
     partial(_vector, width, most=(1 << 8 * width) - 1) for width in (1, 2, 3, 4)
 )
-"""A vector with a length of 8 to 32 bits, of as many bytes as that can say or of up to ``most``."""
+"""A vector with a length field of 8 to 32 bits and at most ``most`` bytes, by default as many as
+the field can express."""
 
 
 def u8_list(values: tuple[int, ...]) -> bytes:
-    """8-bit integers in a row, without a length."""
+    """Consecutive 8-bit integers without a length."""
     try:
         return bytes(values)
     except ValueError:
@@ -169,12 +172,13 @@ def entry(type_: int, content: bytes) -> bytes:
         return _ENTRY.pack(type_, len(content)) + content
     except StructError:
         raise EncodeError(
-            f"an entry of type {type_} with {len(content)} bytes; either has 16 bits"
+            f"an entry of type {type_} with {len(content)} bytes; type and length must each fit 16 "
+            "bits"
         ) from None
 
 
 def u16_list(values: tuple[int, ...]) -> bytes:
-    """16-bit integers in a row, without a length."""
+    """Consecutive 16-bit integers without a length."""
     try:
         return pack(f">{len(values)}H", *values)
     except StructError:
@@ -190,7 +194,7 @@ def ascii_text(text: str) -> bytes:
 
 
 def fixed(content: bytes, length: int) -> bytes:
-    """An opaque field of ``length`` bytes, which has no length on the wire."""
+    """An opaque field of fixed ``length``, without a length on the wire."""
     if len(content) != length:
         raise EncodeError(f"{len(content)} bytes in a field of {length}")
     return content

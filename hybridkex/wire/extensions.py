@@ -3,8 +3,8 @@
 A class declares its type, the messages that may carry it, whether it may come without an offer,
 whether it may change after a HelloRetryRequest, and how its body is read and written. All rules are
 applied from these declarations: :func:`parse` refuses duplicates, a known extension in the wrong
-message, and anything behind ``pre_shared_key``; :func:`answerable` says what a server may answer;
-:data:`MAY_CHANGE` says what a second ClientHello may change.
+message, and anything after ``pre_shared_key``; :func:`answerable` returns the types that a server
+may answer; :data:`MAY_CHANGE` has the types that a second ClientHello may change.
 
 To add an extension that the engine acts on, write its class and add it to ``_CLASSES``. An
 extension that only the application acts on is a :class:`ApplicationExtension`, which goes into the
@@ -35,7 +35,7 @@ from hybridkex.wire.layout import (
 )
 
 MAX_HOST_NAME: Final = 255
-"""Bytes of a DNS name (RFC 1035 section 2.3.4)."""
+"""The maximum length of a DNS name in bytes (RFC 1035 section 2.3.4)."""
 
 
 class MessageKind(IntEnum):
@@ -62,7 +62,7 @@ class Extension(Laid):
     messages: ClassVar[tuple[MessageKind, ...]]
     """The messages that may carry it: the table of section 4.3."""
     needs_offer: ClassVar[bool] = True
-    """Whether a server may send it only where the ClientHello has the same type."""
+    """Whether a server may send it only if the ClientHello has the same type."""
     may_change: ClassVar[bool] = False
     """Whether it may differ in the second ClientHello, or be missing (section 4.2.2)."""
 
@@ -118,7 +118,7 @@ class ServerName(Extension):
         name = names.opaque(2, least=1)
         if len(name) > MAX_HOST_NAME:
             raise UnrecognizedName(
-                f"server_name of {len(name)} bytes; no host name has more than 255",
+                f"server_name of {len(name)} bytes; a host name has at most 255",
                 Reason.SERVER_NAME_UNKNOWN,
             )
         try:
@@ -129,7 +129,7 @@ class ServerName(Extension):
             ) from None
         if "\0" in host_name:
             raise IllegalParameter("server_name contains a zero byte", Reason.SERVER_NAME_MALFORMED)
-        names.finish()  # One name: RFC 6066 allows one per type, and there is one type.
+        names.finish()  # RFC 6066 allows one name per type, and there is only one type.
         return cls(host_name)
 
     def body(self) -> bytes:
@@ -213,7 +213,7 @@ class _CertificateTypeOffer(Extension):
         if found.types == (CertificateType.X509,):
             # RFC 7250 section 4.1: the default alone must not be sent.
             raise IllegalParameter(
-                "certificate types that are the default alone", Reason.CERTIFICATE_TYPE_DEFAULT
+                "certificate types with nothing but the default", Reason.CERTIFICATE_TYPE_DEFAULT
             )
         return found
 
@@ -485,28 +485,28 @@ class KeyShareRetry(Extension):
 
 @value
 class TlsFlags(Extension):
-    """draft-ietf-tls-tlsflags section 2: what else would be an empty extension each.
+    """draft-ietf-tls-tlsflags section 2: flags in place of empty extensions.
 
-    CertificateRequest and NewSessionTicket may carry it unasked; we take no notice there.
+    CertificateRequest and NewSessionTicket may carry it without an offer; we ignore it there.
     """
 
     type = ExtensionType.TLS_FLAGS
     messages = (CH, EE, CR, NST)
     flags: frozenset[int]
-    """Numbers of bits, 0 to 2039."""
+    """The numbers of the flags, 0 to 2039."""
 
     @classmethod
     def read(cls, reader: Reader) -> Self:
         data = reader.opaque(1)
         if not data or not data[-1]:
             raise IllegalParameter(
-                "tls_flags that are empty or not in their shortest form", Reason.FLAGS_MALFORMED
+                "tls_flags is empty or not in its shortest form", Reason.FLAGS_MALFORMED
             )
         return cls(frozenset(n for n in range(8 * len(data)) if data[n // 8] >> n % 8 & 1))
 
     def body(self) -> bytes:
         if not self.flags or not 0 <= min(self.flags) <= max(self.flags) < 8 * 255:
-            raise EncodeError("tls_flags has one or more flags, of 0 to 2039")
+            raise EncodeError("tls_flags needs one or more flags from 0 to 2039")
         data = bytearray(max(self.flags) // 8 + 1)
         for number in self.flags:
             data[number // 8] |= 1 << number % 8
@@ -615,7 +615,7 @@ class Extensions:
 
     @classmethod
     def by_type(cls, extensions: dict[int, AnyExtension]) -> "Extensions":
-        """Those that are sorted by their types already."""
+        """The extensions by type."""
         made = cls.__new__(cls)
         made._by_type = extensions
         return made
@@ -629,7 +629,7 @@ class Extensions:
         """An extension that only the application knows, if the message has it.
 
         Raises:
-            DecodeError: ``read`` leaves bytes over, or fails.
+            DecodeError: ``read`` fails or does not consume all bytes.
         """
         found = self._by_type.get(type_)
         if not isinstance(found, UnknownExtension):
@@ -663,7 +663,7 @@ class Extensions:
 
 
 class EncodedExtensions(Extensions):
-    """Extensions that are encoded already, to be sent in a message."""
+    """Extensions that are already encoded, to be sent in a message."""
 
     __slots__ = ("_encoded",)
 
@@ -685,8 +685,8 @@ def parse(kind: MessageKind, reader: Reader) -> Extensions:
 
     Raises:
         DecodeError: it does not parse.
-        IllegalParameter: a duplicate, one that we know and that does not belong here (section
-            4.3), or something after ``pre_shared_key`` (section 4.3.11).
+        IllegalParameter: a duplicate, a known extension that is not allowed in this message
+            (section 4.3), or an extension after ``pre_shared_key`` (section 4.3.11).
     """
     found: dict[int, AnyExtension] = {}
     parsers = _PARSERS[kind]
@@ -717,8 +717,8 @@ def _read(kind: MessageKind, type_: int, body: bytes) -> Extension:
 
 
 _SHORT: Final = 64
-"""Bytes of a body that is kept as read. They are lists of code points above all, which peers of one
-kind send alike."""
+"""The maximum length of a body in the cache, in bytes. Most are lists of code points that peers of
+one implementation send unchanged."""
 _read_short: Final = lru_cache(maxsize=256)(_read)
 
 

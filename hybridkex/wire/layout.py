@@ -1,4 +1,4 @@
-"""Structures whose fields stand on the wire one after the other.
+"""Structures whose fields follow one another on the wire.
 
 A class of :class:`Laid` declares the layout of its fields and needs no code of its own; one whose
 form is less regular overrides :meth:`Laid.read` and :meth:`Laid.body`.
@@ -56,7 +56,7 @@ def codes(width: int) -> Layout:
 
 
 def listed(entry: Layout, least: int = 0) -> Layout:
-    """A vector of entries, with a length of two bytes and ``least`` bytes of content or more."""
+    """A vector of entries with a 2-byte length and at least ``least`` bytes of content."""
 
     def read(reader: Reader) -> tuple[Any, ...]:
         entries = reader.vector(2, least)
@@ -91,7 +91,7 @@ class Laid:
 
     @classmethod
     def read(cls, reader: Reader) -> Self:
-        """Parse the fields; the caller checks that nothing is left over."""
+        """Parse the fields; the caller checks that no bytes are left."""
         return cls(*map(call, cls._readers, repeat(reader)))
 
     def body(self) -> bytes:

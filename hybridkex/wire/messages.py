@@ -1,7 +1,7 @@
 """Handshake messages (RFC 9846 section 4) as frozen values.
 
 :func:`encode` writes a message with its header, :func:`decode` reads one. The transcript hashes the
-bytes that were received, never a message written again.
+received bytes, never a message that was encoded again.
 """
 
 from functools import lru_cache, partial
@@ -18,7 +18,7 @@ from hybridkex.wire.message import Message
 from hybridkex.wire.update_messages import ExtendedKeyUpdate
 
 HEADER_LENGTH: Final = 4
-"""Bytes of a handshake message before its body: type and 24-bit length."""
+"""The length of a handshake header in bytes: type and 24-bit length."""
 _LONGEST_BODY: Final = 0xFFFFFF
 
 
@@ -45,7 +45,7 @@ class ClientHello(Message):
         session_id = reader.opaque(1, most=32)
         cipher_suites = reader.u16_list(2)
         compression_methods = reader.opaque(1, least=1)
-        # Hellos before TLS 1.3 may end here; they are refused for their version, not their form.
+        # A ClientHello before TLS 1.3 may end here; it is refused for its version, not its form.
         extensions = parse(MessageKind.CLIENT_HELLO, reader) if reader.remaining else Extensions()
         return cls(
             random, session_id, cipher_suites, extensions, legacy_version, compression_methods
@@ -91,7 +91,7 @@ class ServerHello(_ServerHelloForm):
 
     @classmethod
     def read(cls, reader: Reader) -> Message:  # type: ignore[override]
-        """A ServerHello or, where its random says so, a HelloRetryRequest."""
+        """A ServerHello or, if its random has the special value, a HelloRetryRequest."""
         legacy_version = reader.u16()
         random = reader.take(32)
         form, kind = (
@@ -217,7 +217,7 @@ class KeyUpdate(Message):
 
 @value
 class EndOfEarlyData(Message):
-    """Section 4.6; we accept no early data, so it is never in place."""
+    """Section 4.6; we accept no early data, so it is never allowed."""
 
     type = HandshakeType.END_OF_EARLY_DATA
 
@@ -253,8 +253,8 @@ def decode(raw: bytes) -> Message:
 
     Raises:
         UnexpectedMessage: TLS 1.3 has no message of this type.
-        DecodeError: it does not parse, or something is left over.
-        IllegalParameter: a field has a value that it must not have.
+        DecodeError: it does not parse, or bytes are left over.
+        IllegalParameter: a field has a forbidden value.
     """
     return _decode_alike(raw) if raw[0] in _ALIKE and len(raw) <= _KEPT else _decode(raw)
 
@@ -273,9 +273,9 @@ def _decode(raw: bytes) -> Message:
 
 
 _ALIKE: Final = (EncryptedExtensions.type, CertificateRequest.type, Certificate.type)
-"""The types of messages that a peer sends alike in each handshake: they are kept as read."""
+"""The types of messages that a peer sends unchanged in each handshake; parsed ones are cached."""
 _KEPT: Final = 4096
-"""Bytes of the longest of them."""
+"""The maximum length in bytes of a message in this cache."""
 _decode_alike: Final = lru_cache(maxsize=64)(_decode)
 
 _KDFS: Final = frozenset(int(code) for code in KdfCode)
@@ -293,7 +293,7 @@ class ImportedIdentity(Laid):
 
     @classmethod
     def decode(cls, data: bytes) -> "ImportedIdentity | None":
-        """Read one; ``None`` where the bytes are an identity of another kind."""
+        """Parse one; ``None`` if the bytes are another kind of identity."""
         reader = Reader(data)
         try:
             identity = cls.read(reader)

@@ -1,8 +1,7 @@
 """Records on the wire (RFC 9846 section 5.1): cutting a byte stream into them.
 
-A record is known by its five-byte header. :class:`RecordBuffer` hands out views of the bytes that
-it was fed; only a record that straddles two reads is copied, and no more than one record is ever
-kept.
+A record begins with a five-byte header. :class:`RecordBuffer` returns views of the received bytes;
+only a record that straddles two reads is copied, and at most one record is kept.
 """
 
 from struct import Struct
@@ -19,7 +18,7 @@ from hybridkex.reasons import Reason
 
 HEADER_LENGTH: Final = 5
 MAX_RECORD: Final = HEADER_LENGTH + MAX_PLAINTEXT + MAX_CIPHERTEXT_EXPANSION
-"""Bytes of the largest record, its header included."""
+"""The maximum length of a record in bytes, header included."""
 
 HEADER: Final = Struct(">BBxH")
 """Type, first byte of the version, and length."""
@@ -30,7 +29,7 @@ _LIMITS: Final = {int(type_): MAX_PLAINTEXT for type_ in ContentType} | {
 
 
 class Record:
-    """One record: its type, its header (the AEAD's associated data) and what follows it."""
+    """One record: its type, its header (the AEAD's associated data) and its fragment."""
 
     __slots__ = ("fragment", "header", "type")
 
@@ -41,23 +40,23 @@ class Record:
 
 
 class RecordBuffer:
-    """The received bytes that have not been taken yet."""
+    """Received bytes that have not been taken yet."""
 
     __slots__ = ("_chunk", "_partial", "_position")
 
     def __init__(self) -> None:
         self._chunk = memoryview(b"")
         self._position = 0
-        # The beginning of a record whose end has not come yet; empty most of the time.
+        # The beginning of an incomplete record; usually empty.
         self._partial = bytearray()
 
     def keep(self) -> None:
-        """Copy what has not been taken: from now on, the bytes that were fed may change."""
+        """Copy the bytes that have not been taken, so that the caller may change its buffer."""
         self._chunk = memoryview(bytes(self._chunk[self._position :]))
         self._position = 0
 
     def feed(self, data: bytes | bytearray | memoryview) -> None:
-        """Append what the transport gave. ``data`` must not change until it has been taken."""
+        """Append received bytes. ``data`` must not change until it has been taken."""
         if self._position < len(self._chunk):
             left = self._chunk[self._position :]
             self._chunk = memoryview(b"".join((left, data)))
@@ -70,8 +69,8 @@ class RecordBuffer:
         return len(self._partial) + len(self._chunk) - self._position
 
     def in_place(self) -> tuple[memoryview, int]:
-        """The received bytes, and where in them the next record begins, once :meth:`take` has given
-        a record: for a reader that cuts the next ones by itself and calls :meth:`skip` then."""
+        """The received bytes and the position of the next record, after :meth:`take` has returned a
+        record; for a reader that parses the next records itself and then calls :meth:`skip`."""
         assert not self._partial  # a record that began in it has just been taken whole
         return self._chunk, self._position
 
@@ -80,7 +79,7 @@ class RecordBuffer:
         self._position = end
 
     def drain(self) -> bytes:
-        """All that has not been taken, as it came."""
+        """Take all remaining bytes, unparsed."""
         left = bytes(self._partial) + bytes(self._chunk[self._position :])
         self._partial = bytearray()
         self._chunk = memoryview(b"")
@@ -93,7 +92,7 @@ class RecordBuffer:
         Raises:
             UnexpectedMessage: an unknown content type (section 5.1).
             DecodeError: the bytes are no TLS record at all.
-            RecordOverflow: longer than any record may be (section 5.2).
+            RecordOverflow: the record is too long (section 5.2).
         """
         if self._partial:
             return self._take_straddling()
@@ -112,7 +111,7 @@ class RecordBuffer:
         return Record(type_, chunk[start:body], chunk[body:end])
 
     def _set_aside(self) -> None:
-        """Keep the beginning of a record, and release the chunk that it came in."""
+        """Copy the beginning of a record and release the buffer that it arrived in."""
         self._partial += self._chunk[self._position :]
         self._chunk = memoryview(b"")
         self._position = 0
@@ -137,17 +136,20 @@ class RecordBuffer:
 
 
 _OTHERS: Final = (
-    (b"HTTP", "an answer in plain HTTP; is this the port without TLS?"),
+    (b"HTTP", "a plain HTTP response; is this the port without TLS?"),
     *(
-        (start, "a header of the PROXY protocol; switch it off at the balancer (send-proxy)")
+        (start, "a PROXY protocol header; disable it at the load balancer (send-proxy)")
         for start in (b"PROXY", b"\r\n\r\n\0")
     ),
-    (b"SSH-", "the greeting of SSH"),
-    (b"220", "the greeting of a mail or FTP server; it expects STARTTLS, or has another port"),
-    (b"+OK", "the greeting of a POP3 server; it expects STLS, or has another port"),
-    (b"* OK", "the greeting of an IMAP server; it expects STARTTLS, or has another port"),
-    *((method + b" ", "a request in plain HTTP") for method in (b"GET", b"PUT", b"HEAD", b"POST")),
-    *((method[:5], "a request in plain HTTP") for method in (b"OPTIONS", b"CONNECT", b"DELETE")),
+    (b"SSH-", "an SSH greeting"),
+    (
+        b"220",
+        "the greeting of a mail or FTP server; it expects STARTTLS, or has another port for TLS",
+    ),
+    (b"+OK", "the greeting of a POP3 server; it expects STLS, or has another port for TLS"),
+    (b"* OK", "the greeting of an IMAP server; it expects STARTTLS, or has another port for TLS"),
+    *((method + b" ", "a plain HTTP request") for method in (b"GET", b"PUT", b"HEAD", b"POST")),
+    *((method[:5], "a plain HTTP request") for method in (b"OPTIONS", b"CONNECT", b"DELETE")),
 )
 
 
@@ -163,8 +165,8 @@ def _check_header(data: memoryview | bytearray, start: int) -> tuple[int, int]:
     """The type and the length that a record's header gives."""
     major: int
     type_, major, length = HEADER.unpack_from(data, start)
-    # legacy_record_version is ignored (section 5.1) but for its first byte, which tells a peer that
-    # does not speak TLS at all before we wait for the rest of its "record".
+    # legacy_record_version is ignored (section 5.1) except its first byte, which reveals a peer
+    # that does not speak TLS before we wait for the rest of its "record".
     if major != LEGACY_VERSION >> 8:
         raise DecodeError(f"these bytes are not TLS{_resemblance(bytes(data[start : start + 5]))}")
     if type_ not in _LIMITS:

@@ -18,7 +18,7 @@ from hybridkex.wire.message import Message
 
 
 class Demand(IntEnum):
-    """Whether the initiator goes on without the QKD key of its request."""
+    """Whether the initiator continues without the QKD key of its request."""
 
     OPTIONAL = 0
     REQUIRED = 1
@@ -33,7 +33,7 @@ class SlotAnswer(IntEnum):
 
 
 class DeclineReason(IntEnum):
-    """Why there is no update."""
+    """Why the responder declines an update."""
 
     KEY_NOT_FOUND = 0
     KEY_REQUIRED = 1
@@ -108,12 +108,12 @@ class FreshRequest(ExtendedKeyUpdate):
     key_share: KeyShareEntry
     demand: Demand
     identity: bytes
-    """The key's ``ImportedIdentity``; empty where the slot is."""
+    """The key's ``ImportedIdentity``; empty if the slot is empty."""
 
 
 @value
 class FreshResponse(ExtendedKeyUpdate):
-    """A response that says what became of the slot."""
+    """A response with the outcome of the QKD slot."""
 
     subtype = UpdateType.FRESH_RESPONSE
     layout = (KEY_SHARE, _one_of(SlotAnswer))
@@ -123,7 +123,7 @@ class FreshResponse(ExtendedKeyUpdate):
 
 @value
 class FreshDecline(ExtendedKeyUpdate):
-    """The responder makes no update; both ends stay in their epoch."""
+    """The responder declines the update; both ends stay in their epoch."""
 
     subtype = UpdateType.FRESH_DECLINE
     layout = (_one_of(DeclineReason),)

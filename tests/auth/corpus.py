@@ -321,7 +321,8 @@ one(
     root=lambda: authority(version=None, extensions=None),
     **only_openssl(
         "X.509 version 1",
-        "`cryptography` accepts version 3 only, also for roots: version 1 cannot say that a certificate is an authority.",
+        "`cryptography` accepts version 3 only, also for roots: version 1 cannot say that a "
+        "certificate is an authority.",
     ),
 )
 one(
@@ -329,7 +330,8 @@ one(
     root=lambda: authority(bc=None),
     **only_openssl(
         "no basicConstraints",
-        "RFC 5280 section 4.2.1.9 requires the extension in an authority; OpenSSL accepts a root whose keyUsage has keyCertSign.",
+        "RFC 5280 section 4.2.1.9 requires the extension in an authority; OpenSSL accepts a root "
+        "whose keyUsage has keyCertSign.",
         alert=BAD,
     ),
 )
@@ -372,7 +374,7 @@ case(
 case(
     "root: same name, new key",
     lambda: ([leaf()], [authority("Root", "p256/other")]),
-    "made anew",
+    "created again",
     UNKNOWN_CA,
 )
 case(
@@ -383,7 +385,10 @@ case(
     "root: a trusted intermediate",
     lambda: ([leaf(**BELOW)], [middle()]),
     openssl=False,
-    why="A certificate in the trust store ends the chain, self-signed or not. OpenSSL does so with -partial_chain.",
+    why=(
+        "A certificate in the trust store ends the chain, self-signed or not. OpenSSL does so "
+        "with -partial_chain."
+    ),
 )
 
 # --- a leaf that is trusted itself ----------------------------------------------------------------
@@ -422,7 +427,10 @@ case(
     "trusted leaf: issued by an authority that is unknown",
     lambda: ([untouched()], [untouched()]),
     openssl=False,
-    why="A certificate in the trust store ends the chain, self-signed or not. OpenSSL does so with -partial_chain.",
+    why=(
+        "A certificate in the trust store ends the chain, self-signed or not. OpenSSL does so "
+        "with -partial_chain."
+    ),
 )
 
 # --- the leaf -------------------------------------------------------------------------------------
@@ -761,7 +769,8 @@ one(
     host="a_b.example",
     **only_openssl(
         "underscore",
-        "A host name must not contain an underscore (RFC 5280 section 4.2.1.6, RFC 1123). Use a pin.",
+        "A host name must not contain an underscore (RFC 5280 section 4.2.1.6, RFC 1123). Use a "
+        "pin.",
         alert=BAD,
     ),
 )
@@ -804,7 +813,8 @@ two(
     constraints([".example"]),
     **only_openssl(
         "leading dot",
-        "RFC 5280 section 4.2.1.10 has no leading dot in DNS constraints; `cryptography` treats the constraint as malformed.",
+        "RFC 5280 section 4.2.1.10 has no leading dot in DNS constraints; `cryptography` treats "
+        "the constraint as malformed.",
     ),
 )
 two(
@@ -899,7 +909,10 @@ two(
     client=True,
     leaf_changes={"subject": "evil.test", "names": None},
     openssl=False,
-    why="Without a subjectAltName, OpenSSL applies DNS constraints to the common name. Here a common name is never a DNS name.",
+    why=(
+        "Without a subjectAltName, OpenSSL applies DNS constraints to the common name. Here a "
+        "common name is never a DNS name."
+    ),
 )
 for where in ((), ("excluded",)):
     two(
@@ -907,7 +920,8 @@ for where in ((), ("excluded",)):
         extension("2.5.29.30", tlv(0x30, tlv(0xA1 if where else 0xA0, seq(tlv(0x87)))), True),
         **only_openssl(
             "an IP address or a range of addresses is malformed",
-            "Windows authorities have written this for no IP address. RFC 5280 section 4.2.1.10: a constraint on IP addresses has 8 or 32 octets.",
+            "Windows authorities have written this for no IP address. RFC 5280 section 4.2.1.10: "
+            "a constraint on IP addresses has 8 or 32 octets.",
             alert=BAD,
         ),
     )
@@ -960,7 +974,8 @@ two(
     ext(x509.PolicyConstraints(0, None), True),
     **only_openssl(
         "requireExplicitPolicy",
-        "The certificate requires policy processing (RFC 5280 section 6.1), which is not implemented. OpenSSL ignores the requirement unless -policy_check is given.",
+        "The certificate requires policy processing (RFC 5280 section 6.1), which is not "
+        "implemented. OpenSSL ignores the requirement unless -policy_check is given.",
     ),
 )
 two("policies: policyConstraints, mapping inhibited", ext(x509.PolicyConstraints(None, 0), True))
@@ -1037,7 +1052,10 @@ two(
     "path: intermediate extendedKeyUsage for any use",
     ext(x509.ExtendedKeyUsage([Usage.ANY_EXTENDED_KEY_USAGE])),
     openssl=False,
-    why="RFC 5280 section 4.2.1.12: anyExtendedKeyUsage allows every use. OpenSSL does not take it for serverAuth.",
+    why=(
+        "RFC 5280 section 4.2.1.12: anyExtendedKeyUsage allows every use. OpenSSL does not take "
+        "it for serverAuth."
+    ),
 )
 two(
     "path: intermediate extendedKeyUsage for clients only",
@@ -1079,7 +1097,7 @@ case(
 case(
     "sent: intermediate missing",
     lambda: ([leaf(**BELOW)], [authority()]),
-    "did not send",
+    "was not sent by the peer",
     UNKNOWN_CA,
 )
 case(
@@ -1284,14 +1302,18 @@ case(
     "SHA1",
     UNSUPPORTED,
     openssl=True,
-    why="SHA-1 is broken (RFC 9155). `openssl verify` does not check the digest; OpenSSL's TLS does.",
+    why=(
+        "SHA-1 is broken (RFC 9155). `openssl verify` does not check the digest; OpenSSL's TLS "
+        "does."
+    ),
 )
 case(
     "signature: RSA without the NULL",
     signed(algorithm=seq(oid("1.2.840.113549.1.1.11"))),
     **only_openssl(
         "without the NULL",
-        "RFC 4055 section 5 requires the NULL of the signer and requires verifiers to accept its absence; `cryptography` does not accept it.",
+        "RFC 4055 section 5 requires the NULL of the signer and requires verifiers to accept its "
+        "absence; `cryptography` does not accept it.",
     ),
 )
 case(
@@ -1300,7 +1322,10 @@ case(
     "SHA1",
     UNSUPPORTED,
     openssl=True,
-    why="SHA-1 is broken (RFC 9155). `openssl verify` does not check the digest; OpenSSL's TLS does.",
+    why=(
+        "SHA-1 is broken (RFC 9155). `openssl verify` does not check the digest; OpenSSL's TLS "
+        "does."
+    ),
 )
 case("signature: RSA with SHA-512", signed(digest=hashes.SHA512()))
 one(
@@ -1308,7 +1333,8 @@ one(
     digest=hashes.SHA1(),
     **only_openssl(
         "SHA1",
-        "SHA-1 is broken (RFC 9155). `openssl verify` does not check the digest; OpenSSL's TLS does.",
+        "SHA-1 is broken (RFC 9155). `openssl verify` does not check the digest; OpenSSL's TLS "
+        "does.",
     ),
 )
 one("signature: ECDSA P-256 with SHA-512", digest=hashes.SHA512())
@@ -1389,7 +1415,8 @@ MALFORMED_LEAVES: tuple[tuple[str, tuple[bytes, ...], dict[str, Any], str, str],
      {"names": alternatives(tlv(0xA5, tlv(0xA1, tlv(UTF8, b"x"))), A_EXAMPLE)},
      "in subjectAltName (2.5.29.17), it has an x400Address or an ediPartyName",
      "`cryptography` does not parse this form of name."),
-    *((f"IP address of {size} bytes", (), {"names": alternatives(tlv(0x87, bytes(size)), A_EXAMPLE)},
+    *((f"IP address of {size} "
+    "bytes", (), {"names": alternatives(tlv(0x87, bytes(size)), A_EXAMPLE)},
        "in subjectAltName (2.5.29.17), an IP address or a range of addresses is malformed",
        "RFC 5280 section 4.2.1.6: an IP address has 4 or 16 octets.") for size in (0, 5, 9)),
     ("VisibleString with Latin-1 in a policy", (notice(0x1A, b"\xfc"),), {},
@@ -1504,7 +1531,7 @@ for who, make in (
     case(
         f"dates: from the year 0, {who}",
         make,
-        **only_openssl("a date of the year 0", "There is no year 0 in GeneralizedTime.", alert=BAD),
+        **only_openssl("a date in the year 0", "There is no year 0 in GeneralizedTime.", alert=BAD),
     )
 for what, kind, content, words in (
     ("a malformed list of SCTs", "1.3.6.1.4.1.11129.2.4.2", tlv(4, b"\0\5junk"), "not read"),
@@ -1569,7 +1596,7 @@ for what, base in (("an underscore", "a_b.test"), ("a blank", "a b.test")):
         f"constraints: a DNS name with {what} beside a good one",
         constraints([base, "example"]),
         **only_openssl(
-            "which is no DNS name",
+            "which is not a DNS name",
             "RFC 5280 section 4.2.1.10: a constraint on DNS names must be a DNS name.",
         ),
     )

@@ -395,7 +395,7 @@ def test_unknown_authority() -> None:
         Alert.UNKNOWN_CA,
         "was issued by CN=Stranger",
         "the trusted one in roots.pem",
-        "did not send",
+        "was not sent by the peer",
         store=TrustStore((ROOT,), source="roots.pem"),
     )
 
@@ -405,7 +405,7 @@ def test_missing_intermediate() -> None:
         [UNDER_MIDDLE],
         Alert.UNKNOWN_CA,
         "was issued by CN=Middle, which is not any of the 2 trusted certificates",
-        "did not send",
+        "was not sent by the peer",
         store=TrustStore((ROOT, GOOD)),
     )
 
@@ -431,7 +431,9 @@ def test_a_chain_to_a_root_that_is_not_trusted() -> None:
 def test_an_authority_made_anew_under_its_old_name() -> None:
     key = ec.generate_private_key(ec.SECP256R1())
     again = TrustStore((authority(key=key, issuer_key=key),))
-    refused([GOOD], Alert.UNKNOWN_CA, "same name, other key", "made anew", store=again)
+    refused(
+        [GOOD], Alert.UNKNOWN_CA, "has the same name and another key", "created again", store=again
+    )
 
 
 def test_a_signature_by_somebody_else() -> None:

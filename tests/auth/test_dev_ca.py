@@ -233,7 +233,7 @@ def test_nothing_is_overwritten_unasked(tmp_path: Path, present: str) -> None:
     ca = DevCa.create()
     identity = ca.issue("localhost")
     (tmp_path / present).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ConfigError, match=rf"{present} is there already; --force"):
+    with pytest.raises(ConfigError, match=rf"{present} exists already; --force"):
         write_identity(tmp_path, ca, identity)
     assert [path.name for path in tmp_path.iterdir()] == [present]
     write_identity(tmp_path, ca, identity, overwrite=True)
@@ -314,7 +314,7 @@ def test_the_command_and_what_is_there(tmp_path: Path) -> None:
     key = (tmp_path / "key.pem").read_bytes()
     again = dev_ca(str(tmp_path))
     assert again.returncode == 1
-    assert again.stderr == f"hybridkex: {tmp_path}/ca.pem is there already; --force replaces it\n"
+    assert again.stderr == f"hybridkex: {tmp_path}/ca.pem exists already; --force replaces it\n"
     assert (tmp_path / "key.pem").read_bytes() == key
     assert dev_ca(str(tmp_path), "--force").returncode == 0
     assert (tmp_path / "key.pem").read_bytes() != key

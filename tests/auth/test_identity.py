@@ -93,11 +93,11 @@ def refused(words: str, *arguments: Any, **more: Any) -> None:
 
 def test_what_does_not_load() -> None:
     locked = key_pem(SITE.private_key, b"secret")
-    refused("the certificate is no certificate in PEM form", b"rubbish", KEY_PEM)
-    refused("the certificate is no certificate in PEM form", KEY_PEM, KEY_PEM)
-    refused("the certificate is no certificate in PEM form", SITE.chain[0], KEY_PEM)
-    refused("the private key is no private key in PEM form", CERT_PEM, b"rubbish")
-    refused("the private key is no private key in PEM form", CERT_PEM, CERT_PEM)
+    refused("the certificate is not a certificate in PEM form", b"rubbish", KEY_PEM)
+    refused("the certificate is not a certificate in PEM form", KEY_PEM, KEY_PEM)
+    refused("the certificate is not a certificate in PEM form", SITE.chain[0], KEY_PEM)
+    refused("the private key is not a private key in PEM form", CERT_PEM, b"rubbish")
+    refused("the private key is not a private key in PEM form", CERT_PEM, CERT_PEM)
     refused("is encrypted, and no password was given", CERT_PEM, locked)
     refused("or the password is wrong", CERT_PEM, locked, password=b"secret no more")
     refused("not encrypted, and a password was given", CERT_PEM, KEY_PEM, password=b"secret")

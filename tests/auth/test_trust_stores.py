@@ -181,7 +181,7 @@ def test_the_environment_is_taken_at_its_word(bare: pytest.MonkeyPatch, tmp_path
     bare.setattr(system, "_FILES", (str(good),))
     for variable in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
         bare.setenv(variable, str(tmp_path / "missing"))
-        with pytest.raises(ConfigError, match=r"missing, named by .*, is not there"):
+        with pytest.raises(ConfigError, match=r"missing, named by .*, does not exist"):
             TrustStore.system()
         bare.delenv(variable)
     empty = tmp_path / "empty"

@@ -503,7 +503,7 @@ def test_a_bug_in_the_renewal_ends_the_session(run: Run, caplog: Any) -> None:
 
     with caplog.at_level(logging.ERROR, "hybridkex"):
         run(sites, conversation)
-    assert "the keys are not renewed any more" in caplog.text
+    assert "the keys are no longer renewed" in caplog.text
 
 
 def renewer_of(end: Any) -> Any:

@@ -62,11 +62,11 @@ NO_CERTIFICATE: dict[str, tuple[bytes, str]] = {
     "UTF-16": (CERT_PEM.decode().encode("utf-16"), "UTF-16"),
     "empty": (b" \n", "empty"),
     "page": (b"<!DOCTYPE html><title>404</title>", "HTML"),
-    "cut off": (CERT_PEM[:300], "cut off"),
+    "cut off": (CERT_PEM[:300], "truncated"),
     "typographic dashes": (CERT_PEM.replace(b"-----", "\u2014\u2014".encode()), "five hyphens"),
     "not base64": (CERT_PEM[:99] + b"\0" + CERT_PEM[99:], "not base64"),
     "malformed": (block("CERTIFICATE", DER[:-9]), "malformed"),
-    "text": (b"hello", "without a block of PEM"),
+    "text": (b"hello", "without a PEM block"),
 }
 
 

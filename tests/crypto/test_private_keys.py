@@ -126,8 +126,8 @@ def test_passwords(kind: Any) -> None:
     for text, password, error in (
         (write(key, None), b"secret", "k is not encrypted"),
         (write(key, b"secret"), None, "k is encrypted"),
-        (write(key, b"secret"), b"other", "k is no private key in PEM form, or the password"),
-        (b"rubbish", None, "k is no private key"),
+        (write(key, b"secret"), b"other", "k is not a private key in PEM form, or the password"),
+        (b"rubbish", None, "k is not a private key"),
     ):
         with pytest.raises(ConfigError, match=error):
             load_private_key(text, password, "k")
@@ -170,7 +170,7 @@ def test_the_example_of_rfc_8410_with_its_public_key() -> None:
     other = base64.b64decode("".join(RFC_8410.splitlines()[1:-1]))[:-1] + b"\0"
     body = base64.encodebytes(other)
     wrong = b"-----BEGIN PRIVATE KEY-----\n" + body + b"-----END PRIVATE KEY-----\n"
-    with pytest.raises(ConfigError, match="and the public key of another one"):
+    with pytest.raises(ConfigError, match="a private key and a public key that do not match"):
         load_private_key(wrong, None, "key.pem")
 
 

@@ -128,7 +128,7 @@ def test_an_imported_identity_fits_into_a_psk_identity() -> None:
         psk = ExternalPsk(identity=bytes(identity), key=KEY, context=bytes(context))
         imported = ImportedIdentity(psk.identity, bytes(context), TLS13, SHA256.kdf)
         assert len(imported.encode()) == 0xFFFF
-        with pytest.raises(ConfigError, match="too long together"):
+        with pytest.raises(ConfigError, match="together too long"):
             ExternalPsk(identity=bytes(identity), key=KEY, context=bytes(context + 1))
 
 

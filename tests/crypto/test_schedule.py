@@ -191,9 +191,9 @@ def test_exporter_labels_that_do_not_fit(function: HashFunction, label: bytes) -
 @pytest.mark.parametrize("length", [-1, 0, 255 * 48 + 1, 0x10000])
 def test_exporter_lengths_that_cannot_be(function: HashFunction, length: int) -> None:
     exporter = ExporterSecret(function, Secret(bytes(function.size)))
-    with pytest.raises(ConfigError, match="gives 1 to"):
+    with pytest.raises(ConfigError, match="returns 1 to"):
         exporter.export(b"x", b"", length)
-    with pytest.raises(ConfigError, match="gives 1 to"):
+    with pytest.raises(ConfigError, match="returns 1 to"):
         exporter.export(b"x", b"", 255 * function.size + 1)
 
 

@@ -387,7 +387,7 @@ async def test_a_session_that_ends_says_what_was_in_the_way(
 
     cases = [
         (break_draw, "there was no QKD key for it: the KME does not answer"),
-        (break_look_up, "the peer declined it: its KME did not give it the QKD key"),
+        (break_look_up, "the peer declined it: it did not get the QKD key from its KME"),
         (hang, "our key source did not answer within 5 s|our key source has not answered"),
     ]
     for spoil, why in cases:

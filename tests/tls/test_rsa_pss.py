@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ USABLE = {"any": "sha256", "sha256": "sha256", "sha384": "sha384", "sha512": "sh
 UNUSABLE = ("sha256-salt-20", "sha256-mgf1-sha1", "sha1")
 
 
+@cache  # a key of RSA is checked for 40 ms
 def identity_of(name: str) -> Identity:
     path = VECTORS / f"{name}.pem"
     return Identity.from_files(path, path)

@@ -25,7 +25,7 @@ from half than ``sqrt(phi (1 - phi))``. The tests allow that much.
 
 import math
 from collections.abc import Iterator
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,8 @@ FALSE_ALARM: Final = 2.0**-40
 MOST_TESTS: Final = 1 << 7
 SHARE: Final = FALSE_ALARM / (2 * MOST_TESTS)
 """Of one test in one direction."""
+KINDS: Final = 4
+"""Intensities, at most."""
 LAGS: Final = 32
 WINDOW: Final = 1024
 """Bits, as in SP 800-90B for a binary source."""
@@ -76,26 +78,27 @@ def _refuse(faults: Iterator[str]) -> None:
 
 
 def _chosen(bit: Bits, basis: Bits, intensity: Bits, pulse: NDArray[np.int64]) -> Iterator[str]:
-    for kind in np.flatnonzero(np.bincount(2 * intensity + basis)):
-        name = f"bits of the {('key', 'test')[kind % 2]} basis, intensity {kind // 2 + 1},"
-        yield from _coins(bit[2 * intensity + basis == kind], f"{name} are ones")
+    kinds = 2 * intensity + basis
+    for kind in range(2 * KINDS):
+        this = kinds == kind
+        name = f"the {('key', 'test')[kind % 2]} basis, intensity {kind // 2 + 1},"
+        yield from _coins(this & bit, int(np.count_nonzero(this)), f"bits of {name} are ones")
     yield from _series(bit, "bits")
     yield from _series(bit[basis == 0], "bits of the key basis")
     for length in PATTERNS:
         place = (pulse[:FOLDED] % length).astype(np.uint16)
         folded = bit[np.argsort(place, kind="stable")]
-        what = (
-            f"bits differ from the last one with the same place in a pattern of {length:,} pulses"
-        )
-        yield from _coins(folded[1:] != folded[:-1], what)
+        what = f"the last one with the same place in a pattern of {length:,} pulses"
+        flips = folded[1:] != folded[:-1]
+        yield from _coins(flips, len(flips), f"bits differ from {what}")
 
 
 def _series(bit: Bits, name: str, bias: float = 0.0) -> Iterator[str]:
     """Faults of bits in the order of time; their share of ones is within ``bias`` of half."""
-    yield from _coins(bit, f"{name} are ones", bias)
+    yield from _coins(bit, len(bit), f"{name} are ones", bias)
     for lag in range(1, min(LAGS, len(bit) - 1) + 1):
-        what = f"{name} differ from the one {lag} before"
-        yield from _coins(bit[lag:] != bit[:-lag], what, bias)
+        flips = bit[lag:] != bit[:-lag]
+        yield from _coins(flips, len(flips), f"{name} differ from the one {lag} before", bias)
     windows = len(bit) // WINDOW
     if windows:
         ones = bit[: windows * WINDOW].reshape(windows, WINDOW).sum(axis=1)
@@ -109,12 +112,11 @@ def _series(bit: Bits, name: str, bias: float = 0.0) -> Iterator[str]:
             yield f"{cutoff:,} {name} in a row are the same"
 
 
-def _coins(
-    flips: NDArray[np.uint8] | NDArray[np.bool_], what: str, bias: float = 0.0
-) -> Iterator[str]:
+def _coins(flips: NDArray[Any], total: int, what: str, bias: float = 0.0) -> Iterator[str]:
+    """``flips``: not zero for each of ``total`` coins that shows heads."""
     heads = int(np.count_nonzero(flips))
-    if _beyond(heads, len(flips), SHARE, bias):
-        yield f"{heads:,} of {len(flips):,} {what}"
+    if _beyond(heads, total, SHARE, bias):
+        yield f"{heads:,} of {total:,} {what}"
 
 
 def _beyond(heads: int, total: int, failure: float, bias: float) -> bool:

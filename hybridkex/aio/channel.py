@@ -28,9 +28,9 @@ from hybridkex.errors import (
     TruncationError,
 )
 from hybridkex.net.budget import Connection
-from hybridkex.net.event_loop import ask
+from hybridkex.net.event_loop import ask, foreign
 from hybridkex.net.log import BoundedLog
-from hybridkex.shell.answers import Answers
+from hybridkex.shell.answers import CODE_FAILED, Answers
 from hybridkex.shell.key_renewer import KeyRenewer
 from hybridkex.shell.pad_filler import PadFiller
 from hybridkex.text import get_logger
@@ -73,8 +73,9 @@ _CLOSING: Final = _State.CLOSING
 _CLOSED: Final = _State.CLOSED
 
 
-# What ends a connection when the application's protocol raises it. A callback that asks a cancelled
-# future for its result raises CancelledError, which is no request to cancel the event loop.
+# What ends a connection when the application's protocol or the engine raises it. A callback that
+# asks a cancelled future for its result raises CancelledError, which is no request to cancel the
+# event loop.
 _FAULTS: Final = (Exception, asyncio.CancelledError)
 
 
@@ -333,6 +334,19 @@ class Lifecycle:
         cause = error if isinstance(error, Exception) else None
         self.give_up("the application's protocol failed", cause)
 
+    def engine_failed(self, error: BaseException) -> None:
+        """End the connection after an exception of the engine, or of code of the configuration that
+        it calls. Such code's own goes to who waits for the handshake, and otherwise to the loop's
+        exception handler and ``connection_lost``."""
+        if isinstance(error, HybridkexError):
+            self.fail(error)
+            return
+        waited_for = self._ready is not None and not self._ready.done()
+        if not waited_for:
+            self.report(CODE_FAILED, error)
+        cause = error if isinstance(error, Exception) else foreign(error)
+        self.give_up(CODE_FAILED, cause if waited_for or self._announced else None)
+
     def give_up(self, why: str, cause: Exception | None = None) -> None:
         """Close with the alert internal_error, for a reason on our side."""
         error = InternalError(why)
@@ -486,7 +500,7 @@ class Handshake:
                     self._wait_for(partial(self._answers.give, event))
                     return
         except _FAULTS as error:
-            self._answers_failed(error)
+            self._life.engine_failed(error)
             return
         self._life.send_output()
         if engine.handshake_complete and self._life.failure is None:
@@ -514,19 +528,10 @@ class Handshake:
         if task.cancelled():
             life.give_up("the wait for a PSK source or verifier was cancelled")
         elif error is not None:
-            self._answers_failed(error)
+            life.engine_failed(error)
         elif not life.raw.is_closing():  # else connection_lost follows
             life.reading.resume_raw()
             self._advance()
-
-    def _answers_failed(self, error: BaseException) -> None:
-        if isinstance(error, HybridkexError):
-            self._life.fail(error)
-        else:
-            self._life.report(
-                "a PSK source, a verifier or other code of the configuration failed", error
-            )
-            self._life.give_up("a PSK source, a verifier or other code of the configuration failed")
 
     def _late(self) -> None:
         error = HandshakeTimeout(f"no handshake within {self._timeout:g} seconds")
@@ -676,8 +681,8 @@ class ReadingHalf(asyncio.BufferedProtocol):
         while True:
             try:
                 event = next_event()
-            except HybridkexError as error:
-                life.fail(error)
+            except _FAULTS as error:
+                life.engine_failed(error)
                 return
             if event is None:
                 break
@@ -912,8 +917,8 @@ class WritingHalf:
             if records is None:
                 try:
                     self._engine.send_data(batch)
-                except HybridkexError as error:
-                    life.fail(error)
+                except _FAULTS as error:
+                    life.engine_failed(error)
                     return
                 records = self._engine.data_to_send()
             if not life.hand_over(records):

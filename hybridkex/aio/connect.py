@@ -41,7 +41,8 @@ async def create_connection(
 
     Raises:
         OSError: the connection failed.
-        SecureConnectionError: the handshake failed; ``__cause__`` is the reason.
+        SecureConnectionError: the handshake failed; ``__cause__`` is the reason. What code of the
+            configuration has raised is raised as it is.
         ConfigError: ``config`` is not a ``ClientConfig``.
         ValueError: a time limit is not positive.
         TypeError: ``ssl`` is among the arguments.
@@ -175,7 +176,8 @@ async def start_tls(
 
     Raises:
         SecureConnectionError: the transport is closed or secured already, its sending direction is
-            closed (``write_eof``), or the handshake failed; ``__cause__`` is the reason.
+            closed (``write_eof``), or the handshake failed; ``__cause__`` is the reason. What code
+            of the configuration has raised is raised as it is.
         ConfigError: ``config`` is not a configuration, or a server is given a ``server_hostname``.
         TypeError: ``transport`` is no transport.
         ValueError: a time limit is not positive.

@@ -91,7 +91,8 @@ async def open_connection(
 
     Raises:
         OSError: the connection failed.
-        SecureConnectionError: the handshake failed; ``__cause__`` is the reason.
+        SecureConnectionError: the handshake failed; ``__cause__`` is the reason. What code of the
+            configuration has raised is raised as it is.
         ConfigError: ``config`` is not a ``ClientConfig``.
     """
     reader, protocol = stream_protocol(limit=limit)
@@ -153,7 +154,8 @@ async def upgrade(
     Raises:
         LocalStateError: ``reader`` holds bytes that came before the handshake. An attacker may have
             sent them (CVE-2011-0411, CVE-2021-23222), so the connection is aborted.
-        SecureConnectionError: the handshake failed; ``__cause__`` is the reason.
+        SecureConnectionError: the handshake failed; ``__cause__`` is the reason. What code of the
+            configuration has raised is raised as it is.
     """
     await writer.drain()
     plain = cast(asyncio.Transport, writer.transport)

@@ -14,8 +14,10 @@ The application uses :class:`SecureTransport` to write, pause and close. Its par
   without an encrypted copy.
 - Once a callback has paused reading, closed the connection or replaced the protocol, the old
   protocol gets no more data, not even the rest of the record that is being delivered.
-- An exception raised by the application's protocol ends its connection: the loop's exception
-  handler and ``connection_lost`` get the exception, and the peer gets the alert internal_error.
+- An exception raised by the application's protocol, or by code of the configuration, ends its
+  connection: the loop's exception handler and ``connection_lost`` get the exception, and the peer
+  gets the alert internal_error. Until the handshake is complete, the caller that waits for it gets
+  the exception instead of the loop's handler.
 """
 
 import asyncio

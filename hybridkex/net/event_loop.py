@@ -175,8 +175,13 @@ async def ask(source: Callable[[], Awaitable[T]]) -> T:
         ours = [one for one in found if isinstance(one, cancellation)] if is_cancelled() else []
         if ours:
             raise ours[0] from None
-        name = type(error).__name__
-        raise RuntimeError(f"the source raised {name}, and its caller was not cancelled") from error
+        raise foreign(error) from error
+
+
+def foreign(error: BaseException) -> RuntimeError:
+    """An exception that would pass ``except Exception``, as an error of the code that raised it."""
+    name = type(error).__name__
+    return RuntimeError(f"the source raised {name}, and its caller was not cancelled")
 
 
 def _current_task() -> Any:

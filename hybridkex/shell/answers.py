@@ -1,6 +1,7 @@
 """Answers to the engine's requests: the PSK to use, and whether a session is accepted."""
 
 from collections.abc import Callable
+from typing import Final
 
 from hybridkex.crypto.psk import ExternalPsk
 from hybridkex.errors import (
@@ -18,6 +19,9 @@ from hybridkex.tls.connection import ClientConnection, ServerConnection
 from hybridkex.tls.events import PskWanted, SessionProposed
 from hybridkex.tls.policy import Requirement
 from hybridkex.tls.session import Session
+
+CODE_FAILED: Final = "a PSK source, a verifier or other code of the configuration failed"
+"""What the peer's alert stands for where such code has raised an exception that is none of ours."""
 
 
 class Answers:

@@ -18,7 +18,7 @@ addition to the caller's tasks and sends too; a lock serialises the two.
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from types import TracebackType
 from typing import Any, ClassVar, Final, NoReturn
@@ -34,7 +34,7 @@ from hybridkex.errors import (
 )
 from hybridkex.net.event_loop import ask
 from hybridkex.secret import Secret
-from hybridkex.shell.answers import Answers
+from hybridkex.shell.answers import CODE_FAILED, Answers
 from hybridkex.shell.key_renewer import KeyRenewer
 from hybridkex.shell.pad_filler import PadFiller
 from hybridkex.shell.secure_pipe import SecurePipe
@@ -210,14 +210,14 @@ class SecureDuplex:
     async def _run_handshake(self) -> None:
         connection = self._connection
         try:
-            await ask(self._answers.begin)
+            await self._ask(self._answers.begin)
             while True:
-                await self._advance()
+                await self._ask(self._answer)
                 await self._flush()
                 if connection.handshake_complete:
                     break
                 connection.receive_data(await self._read())
-            await self._answers.keep_tickets()
+            await self._ask(self._answers.keep_tickets)
         except HybridkexError as error:
             await self._fail(error)
         self._check_usable()  # it may have been closed while the tickets were written
@@ -233,18 +233,12 @@ class SecureDuplex:
                 self._pads_changed,
             )
 
-    async def _advance(self) -> None:
+    async def _ask(self, question: Callable[[], Awaitable[None]]) -> None:
+        """Call code of the configuration."""
         try:
-            await ask(self._answer)
-        except HybridkexError:
-            raise
-        except Exception:
-            self._connection.abort(
-                InternalError("a PSK source, a verifier or other code of the configuration failed")
-            )
-            with self._unless_gone():
-                await self._flush()
-            raise
+            await ask(question)
+        except Exception as error:
+            await self._fail(error)
 
     async def _answer(self) -> None:
         connection = self._connection
@@ -322,7 +316,7 @@ class SecureDuplex:
                 event = connection.next_event()
                 if isinstance(event, TicketReceived):
                     await self._answers.keep_tickets()
-            except HybridkexError as error:
+            except Exception as error:
                 await self._fail(error)
             if self._renewer is not None:
                 self._renew_after(self._renewer, event)
@@ -621,11 +615,20 @@ class SecureDuplex:
         if self._connection.close_sent:
             raise self._lib.ClosedResourceError("send_eof was called on this stream")
 
-    async def _fail(self, error: HybridkexError) -> NoReturn:
+    async def _fail(self, error: Exception) -> NoReturn:
         """Send the alert, if there is one, and raise. The first failure is reported: another task
-        may notice the end of the engine before it knows the reason."""
+        may notice the end of the engine before it knows the reason.
+
+        An exception of code of the configuration is raised as it is; to the peer and to later calls
+        it is an internal error."""
         self._check_usable()
-        self._failure = reason = self._connection.reason_of(error.with_traceback(None))
+        if isinstance(error, HybridkexError):
+            reason = self._connection.reason_of(error.with_traceback(None))
+        else:
+            reason = internal = InternalError(CODE_FAILED)
+            if not self._connection.close_sent:  # nothing follows it (section 6.1)
+                self._connection.abort(internal)
+        self._failure = reason
         if self._pads is not None:
             self._pads.stop()
         if isinstance(reason, PeerError | KeySourceError):
@@ -633,6 +636,8 @@ class SecureDuplex:
                 async with self._telling:
                     await self._send_alert()
         self._connection.release()
+        if not isinstance(error, HybridkexError):
+            raise error
         raise self._broken(reason) from reason
 
     async def _send_alert(self) -> None:

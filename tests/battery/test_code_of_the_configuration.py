@@ -1,0 +1,105 @@
+"""An exception of code of the configuration ends its connection at once: who waits for the
+connection gets it, and the peer the alert internal_error. The rule is the same on every loop."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from hybridkex import ClientConfig, DevCa, MemoryTicketStore, ServerConfig, TrustStore
+from hybridkex.machine import leaves
+from hybridkex.net.event_loop import time_limit
+from hybridkex.shell.answers import CODE_FAILED
+
+CA = DevCa.create()
+CLIENT = ClientConfig(verifier=TrustStore((CA.certificate,)))
+SERVER = ServerConfig(identities=(CA.issue("localhost"),))
+
+
+class Full(Exception):
+    """What the code raises."""
+
+
+def with_functions(one: Any, **functions: Any) -> Any:
+    """This object, with other functions."""
+    made = type("Other", (type(one),), {name: staticmethod(it) for name, it in functions.items()})
+    return made(*(((CA.certificate,),) if isinstance(one, TrustStore) else ()))
+
+
+def config(code: str, error: Exception) -> ClientConfig:
+    """That of a client whose ``code`` raises this exception."""
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    async def later(*_: Any) -> Any:
+        raise error
+
+    options: dict[str, Any] = {
+        "entropy": {"entropy": fail},
+        "key_log": {"key_log": fail},
+        "verify": {"verifier": with_functions(CLIENT.verifier, verify_server=fail)},
+        "refresh": {"verifier": with_functions(CLIENT.verifier, refresh=fail)},
+        "take": {"ticket_store": with_functions(MemoryTicketStore(), take=fail)},
+        "put": {"ticket_store": with_functions(MemoryTicketStore(), put=fail)},
+        "flush": {"ticket_store": with_functions(MemoryTicketStore(), flush=fail)},
+        "offer": {"psk_source": SimpleNamespace(offer=later, look_up=later, authorize=fail)},
+    }
+    return replace(CLIENT, **options[code])
+
+
+@pytest.mark.parametrize(
+    "code", ["entropy", "key_log", "verify", "refresh", "take", "flush", "offer"]
+)
+def test_in_the_handshake(shell: Any, code: str, caplog: pytest.LogCaptureFixture) -> None:
+    error = Full("the disk is full")
+
+    async def main() -> None:
+        async with time_limit(20):
+            with pytest.raises((Full, BaseExceptionGroup)) as caught:
+                async with shell.pair(config(code, error), SERVER):
+                    pass
+        assert error in list(leaves(caught.value))
+
+    shell.run(main)
+    assert [
+        one for one in caplog.records if one.name == "asyncio" and one.levelname == "ERROR"
+    ] == []
+
+
+def test_after_the_handshake(shell: Any, run: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """A ticket that its store refuses."""
+    if shell.name == "piped":
+        pytest.skip("the tunnel has stores of its own")
+    error = Full("the disk is full")
+
+    async def conversation(client: Any, server: Any) -> None:
+        await server.send(b"data")  # its tickets go ahead of it
+        with pytest.raises(Full) as caught:
+            await client.receive()
+        assert caught.value is error
+        with pytest.raises(Exception, match="internal_error"):
+            await server.receive()
+
+    run(SimpleNamespace(client=config("put", error), server=SERVER), conversation)
+    if shell.name in ("asyncio", "uvloop"):
+        [told] = [one.message for one in caplog.records if one.levelname == "ERROR"]
+        assert told.startswith(CODE_FAILED)
+
+
+def test_at_a_server(shell: Any) -> None:
+    """The client learns that the fault is not its own."""
+    error = Full("the disk is full")
+
+    def fail(_: str) -> None:
+        raise error
+
+    async def main() -> None:
+        async with time_limit(20):
+            with pytest.raises(Exception) as caught:
+                async with shell.pair(CLIENT, replace(SERVER, key_log=fail)):
+                    pass
+        assert any("internal_error" in str(one) for one in leaves(caught.value))
+
+    shell.run(main)

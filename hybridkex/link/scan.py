@@ -112,6 +112,8 @@ NOTHING: Final = frozenset(
 MOST_POINTS: Final = 1_000_000
 MOST_BLOCKS: Final = 1_000_000
 """The most blocks that are simulated at a point."""
+MOST_VALUES: Final = 64 * MOST_POINTS
+"""The most values of a file of rows, so that it does not take all of the machine's memory."""
 MOST_BYTES: Final = 1 << 30
 """The largest file of rows: a million points have about 300 MB."""
 SUFFIXES: Final = (".csv", ".parquet", ".json")
@@ -392,8 +394,8 @@ def _written(name: Any, value: Any) -> Any:
 
 
 def _text(text: str) -> str:
-    """What UTF-8 cannot express, such as the odd bytes of an argument, is escaped."""
-    return text.encode("utf-8", "backslashreplace").decode()
+    """What texts in UTF-8 cannot have, such as the odd bytes of an argument, is escaped."""
+    return text.encode("utf-8", "backslashreplace").decode().replace("\0", r"\x00")
 
 
 def write_scan(path: Path | str, rows: Iterable[Row]) -> None:
@@ -431,12 +433,12 @@ def read_scan(path: Path | str) -> list[Row]:
     content: Any = read(path, limit=MOST_BYTES, pipe=False)
     with parsing(path, "a scan", hint=f"; {_ROWS}" if kind == ".json" else ""):
         if kind == ".parquet":
-            from pyarrow import parquet  # noqa: PLC0415  # an extra
-
-            table = parquet.read_table(io.BytesIO(content), page_checksum_verification=True)
-            rows = table.to_pylist()
+            rows = _read_parquet(content)
+        elif kind == ".csv":
+            rows = _read_csv(content)
         else:
-            rows = load_json(content, most_values=None) if kind == ".json" else _read_csv(content)
+            _check_size(content.count("{"), 1)
+            rows = load_json(content, most_values=MOST_VALUES)
         if not isinstance(rows, list) or not all(isinstance(one, dict) for one in rows):
             raise ConfigError(f"not a scan: {_ROWS}")
         return [{name: _checked(name, value) for name, value in row.items()} for row in rows]
@@ -452,12 +454,38 @@ def _checked(name: str, value: Any) -> Any:
     return value
 
 
-def _read_csv(text: str) -> list[Row]:
-    """Raises ``ValueError`` and ``csv.Error``."""
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    names = reader.fieldnames or ()
+def _check_size(rows: int, columns: int) -> None:
+    if rows > MOST_POINTS or rows * columns > MOST_VALUES:
+        raise ConfigError(
+            f"{rows:,} rows with {columns:,} values each: a scan has at most {MOST_POINTS:,} rows, "
+            f"and {MOST_VALUES:,} values in all"
+        )
+
+
+def _check_names(names: Sequence[str]) -> None:
     if len(set(names)) != len(names):
         raise ValueError("two columns have the same name")
+
+
+def _read_parquet(content: bytes) -> list[Row]:
+    from pyarrow import parquet  # noqa: PLC0415  # an extra
+
+    with parquet.ParquetFile(io.BytesIO(content), page_checksum_verification=True) as file:
+        names = file.schema_arrow.names
+        _check_names(names)
+        groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
+        _check_size(sum(one.num_rows for one in groups), len(names))
+        rows: list[Row] = file.read().to_pylist()
+    return rows
+
+
+def _read_csv(text: str) -> list[Row]:
+    """Raises ``ValueError`` and ``csv.Error``."""
+    lines = io.StringIO(text, newline="")
+    reader = csv.DictReader(lines, strict=True, skipinitialspace=True)
+    names = reader.fieldnames or ()
+    _check_names(names)
+    _check_size(max(map(text.count, "\r\n")), len(names))
     if len(names) == 1 and re.search("[;\t|]", names[0]):
         raise ValueError(f"separate the columns by commas, and {_POINT}")
     rows = []

@@ -4,9 +4,11 @@ import csv
 import io
 import json
 import math
+import tracemalloc
 from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,20 @@ import pytest
 
 from hybridkex.cli import main
 from hybridkex.errors import ConfigError
+from hybridkex.link import scan as scan_module
 from hybridkex.link.plots import plot_scan
-from hybridkex.link.scan import COLUMNS, ERROR, failed, grid, nothing, read_scan, scan, write_scan
+from hybridkex.link.scan import (
+    COLUMNS,
+    ERROR,
+    MOST_POINTS,
+    SUFFIXES,
+    failed,
+    grid,
+    nothing,
+    read_scan,
+    scan,
+    write_scan,
+)
 
 
 class NotAvailable:
@@ -376,3 +390,61 @@ def test_a_flipped_bit_in_a_page_of_a_parquet_scan_is_noticed(
         else:
             assert found == right
     assert refused > 100
+
+
+def test_blanks_after_the_commas_are_no_part_of_names_and_values(tmp_path: Path) -> None:
+    text = 'distance_km, rate, eve, note\n0, 0.5, pns, "a, b"\n9,0.25,"pns","a, b"\n'
+    (tmp_path / "x.csv").write_text(text)
+    found = read_scan(tmp_path / "x.csv")
+    assert [list(one) for one in found] == [["distance_km", "rate", "eve", "note"]] * 2
+    assert [one["note"] for one in found] == ["a, b"] * 2
+    assert list(curves(found).values()) == [[0, 9]]
+
+
+def test_two_columns_of_a_name_are_refused(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="pip install pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pip install pyarrow")
+    column = pyarrow.array([0.5])
+    parquet.write_table(pyarrow.table([column] * 2, names=["rate", "rate"]), tmp_path / "x.parquet")
+    with pytest.raises(ConfigError, match="not a scan: two columns have the same name"):
+        read_scan(tmp_path / "x.parquet")
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_more_rows_than_a_scan_has_are_refused_before_they_take_memory(
+    suffix: str, tmp_path: Path
+) -> None:
+    """Constant columns take next to nothing in a file."""
+    path, rows = tmp_path / f"x{suffix}", MOST_POINTS + 1
+    if suffix == ".csv":
+        path.write_text("rate\n" + "1\n" * rows)
+    elif suffix == ".json":
+        path.write_text("[" + "{}," * rows + "{}]")
+    else:
+        pyarrow = pytest.importorskip("pyarrow", reason="pip install pyarrow")
+        parquet = pytest.importorskip("pyarrow.parquet", reason="pip install pyarrow")
+        parquet.write_table(pyarrow.table({"rate": np.zeros(rows)}), path)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ConfigError, match="a scan has at most 1,000,000 rows"):
+            read_scan(path)
+        assert tracemalloc.get_traced_memory()[1] < 32 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_values_without_bound_are_refused(
+    monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(scan_module, "MOST_VALUES", len(rows) * len(rows[0]) // 2)
+    for suffix in SUFFIXES if find_spec("pyarrow") else SUFFIXES[::2]:
+        write_scan(tmp_path / f"x{suffix}", rows)
+        with pytest.raises(ConfigError, match=r"at most|more than .* values"):
+            read_scan(tmp_path / f"x{suffix}")
+
+
+def test_a_zero_byte_is_escaped(tmp_path: Path) -> None:
+    """No text has one, and a file with one is not read."""
+    for suffix in SUFFIXES if find_spec("pyarrow") else SUFFIXES[::2]:
+        write_scan(tmp_path / f"x{suffix}", [{"a\0": "b\0"}])
+        assert read_scan(tmp_path / f"x{suffix}") == [{r"a\x00": r"b\x00"}]

@@ -1,4 +1,4 @@
-"""Secure channels whose keys rest on ECDH, ML-KEM and QKD at once: TLS 1.3 on the wire.
+"""Secure channels whose keys are derived from ECDH, ML-KEM and QKD together: TLS 1.3 on the wire.
 
 To connect with trio::
 
@@ -13,8 +13,8 @@ To serve::
 - :class:`SecureStream` and :class:`SecureListener` wrap any trio stream or listener;
   :mod:`hybridkex.aio` and :mod:`hybridkex.anyio` are for other event loops, and
   :class:`ClientConnection` and :class:`ServerConnection` are the engine without input or output.
-- :class:`ClientConfig` and :class:`ServerConfig` explain every option; :class:`Policy` says what a
-  connection must rest on; ``stream.session`` says what it rests on.
+- :class:`ClientConfig` and :class:`ServerConfig` explain every option; :class:`Policy` has the
+requirements for a connection; ``stream.session`` shows what was negotiated.
 - :class:`QkdPskSource` puts QKD keys into the key schedule, from a key source of
   :mod:`hybridkex.qkd`.
 - Errors are in :mod:`hybridkex.errors`.
@@ -156,8 +156,8 @@ _HOMES: Final = {
     "hybridkex.tls.tickets": ("CookieProtector", "TicketIssuer"),
     "hybridkex.wire.extensions": ("ApplicationExtension",),
 }
-"""The modules that the names come from. Each is imported when a name of it is first used, so that
-``import hybridkex`` costs next to nothing."""
+"""The modules of the public names. Each is imported when one of its names is first used, which
+keeps ``import hybridkex`` fast."""
 __all__ = [name for names in _HOMES.values() for name in names]
 
 
@@ -174,5 +174,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-# A library says nothing on standard error unless the program asks for it.
+# A library writes nothing to standard error unless the program asks for it.
 logging.getLogger("hybridkex").addHandler(logging.NullHandler())

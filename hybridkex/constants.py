@@ -1,7 +1,7 @@
 """Code points and labels, in one place.
 
-The names are those of the IANA registries. Code points that a peer sends stay plain integers on
-the wire: an unknown one is not an error (RFC 8701), and the enums below only name what we know.
+The names are those of the IANA registries. Code points from a peer remain plain integers: an
+unknown one is not an error (RFC 8701), and the enums below only name those that we know.
 """
 
 from enum import IntEnum

@@ -1,9 +1,9 @@
 """Every exception that hybridkex raises on purpose.
 
-Four causes, four branches: the caller (:class:`ConfigError`, :class:`LocalStateError`), the peer
-(:class:`PeerError`, which carries the alert that was sent to it), the peer's own word
-(:class:`AlertReceived`, :class:`TruncationError`) and a key source (:class:`KeySourceError`).
-Anything else that escapes is a bug.
+There is a branch for each cause: the caller (:class:`ConfigError`, :class:`LocalStateError`), the
+peer (:class:`PeerError`, which has the alert that was sent to it), the end of the connection by the
+peer (:class:`AlertReceived`, :class:`TruncationError`) and a key source (:class:`KeySourceError`).
+Any other exception is a bug.
 """
 
 from typing import Final
@@ -14,14 +14,14 @@ from hybridkex.text import printable
 
 
 class HybridkexError(Exception):
-    """The base class. The text of an error is safe to display, whatever it quotes."""
+    """The base class. The text of an error is safe to display; quoted text is escaped."""
 
     def __str__(self) -> str:
         return printable(super().__str__())
 
 
 class ConfigError(HybridkexError, ValueError):
-    """An invalid configuration, detected when it is made."""
+    """An invalid configuration, detected when it is created."""
 
 
 class ProviderMissing(ConfigError):
@@ -54,7 +54,7 @@ class PeerError(HybridkexError):
 
 
 class UnexpectedMessage(PeerError):
-    """A message that has no place in the present state."""
+    """A message that is not allowed in the present state."""
 
     reason = Reason.UNEXPECTED_MESSAGE
 
@@ -78,7 +78,7 @@ class HandshakeFailure(PeerError):
 
 
 class IllegalParameter(PeerError):
-    """A field that parses and contradicts the protocol or another field."""
+    """A field that parses but violates the protocol or contradicts another field."""
 
     reason = Reason.ILLEGAL_PARAMETER
 
@@ -110,8 +110,8 @@ class InternalError(PeerError):
 class EncodeError(InternalError):
     """A value that a message cannot carry.
 
-    Values from the caller are checked when a configuration is made and values from the peer when
-    they are read, so this is the last barrier: it ends one connection with internal_error.
+    Values from the caller are checked when a configuration is created, and values from the peer
+    when they are parsed, so this is a last check: it ends one connection with internal_error.
     """
 
 
@@ -122,7 +122,8 @@ class MissingExtension(PeerError):
 
 
 class UnsupportedCertificateType(PeerError):
-    """One side can only show certificates, the other only check raw keys, or the reverse."""
+    """One side can only present certificates, the other can only verify raw keys, or the
+    reverse."""
 
     reason = Reason.CERTIFICATE_TYPES
 
@@ -142,9 +143,9 @@ class UnrecognizedName(PeerError):
 class UnknownPskIdentity(PeerError):
     """The client must use a PSK and offered none that is known.
 
-    The alert of this name is optional (RFC 9846 section 6.2): a stream sends it where a key source
-    was asked and does not know the key, so that two sites that are out of step learn of it. Where
-    nothing was in common to begin with, the reason is ``PSK_NONE_IN_COMMON`` and the alert
+    The alert of this name is optional (RFC 9846 section 6.2): a stream sends it if a key source was
+    asked and does not have the key, so that two sites that are out of step learn of it. If the two
+    sides had no PSK in common from the start, the reason is ``PSK_NONE_IN_COMMON`` and the alert
     handshake_failure (section 4.2.1).
     """
 
@@ -164,7 +165,7 @@ class PolicyRefused(PeerError):
 
 
 class PadExhausted(InternalError):
-    """Our one-time pad is too short for what is to be sent, and no QKD key came in time."""
+    """Our one-time pad is too short for the data to be sent, and no QKD key arrived in time."""
 
     reason = Reason.PAD_EXHAUSTED
 
@@ -172,7 +173,7 @@ class PadExhausted(InternalError):
 class CertificateRejected(PeerError):
     """The peer's certificate was not accepted.
 
-    :attr:`alert` names the kind of reason, :attr:`subject` the certificate concerned.
+    :attr:`alert` gives the kind of reason, :attr:`subject` the certificate.
     """
 
     reason = Reason.CERTIFICATE
@@ -192,7 +193,7 @@ class CertificateRejected(PeerError):
 
 
 class HandshakeTimeout(PeerError):
-    """The handshake did not end within its deadline."""
+    """The handshake did not complete within its time limit."""
 
     reason = Reason.TIMEOUT
 
@@ -202,29 +203,38 @@ ALERT_MEANINGS: Final[dict[int, str]] = {
     Alert.HANDSHAKE_FAILURE: "it has no group, cipher suite, signature algorithm or PSK in "
     "common with us",
     Alert.PROTOCOL_VERSION: "it does not speak TLS 1.3",
-    Alert.INSUFFICIENT_SECURITY: "what we agreed on is too weak for it: no PSK, no post-quantum "
-    "group, no fresh keys, no one-time pad, or no further QKD keys; its policy must match ours",
-    Alert.NO_APPLICATION_PROTOCOL: "it speaks none of the application protocols (ALPN) that we "
-    "offer",
+    Alert.INSUFFICIENT_SECURITY: (
+        "its policy requires more than we negotiated: a PSK, a post-quantum group, fresh keys, a "
+        "one-time pad, or further QKD keys; its policy must match ours"
+    ),
+    Alert.NO_APPLICATION_PROTOCOL: (
+        "it supports none of the application protocols (ALPN) that we offer"
+    ),
     Alert.UNRECOGNIZED_NAME: "it does not serve the name that we asked for",
-    Alert.DECODE_ERROR: "it could not read our message; is this the right port, and does a proxy "
-    "between change the stream (PROXY protocol)?",
-    Alert.CERTIFICATE_REQUIRED: "it demands a certificate, and got none from us that it can use; "
-    "give a certificate and its key",
+    Alert.DECODE_ERROR: (
+        "it could not parse our message; is this the right port, and does a proxy on the path "
+        "modify the stream (PROXY protocol)?"
+    ),
+    Alert.CERTIFICATE_REQUIRED: (
+        "it requires a certificate, and got none from us that it can use; give a certificate and "
+        "its key"
+    ),
     Alert.UNKNOWN_CA: "it does not trust the authority of our certificate",
-    Alert.CERTIFICATE_EXPIRED: f"{_REFUSED} for its dates; look at them and at both clocks",
+    Alert.CERTIFICATE_EXPIRED: f"{_REFUSED} for its validity dates; check them and both clocks",
     Alert.CERTIFICATE_REVOKED: f"{_REFUSED} as revoked",
     Alert.BAD_CERTIFICATE: f"{_REFUSED}; its log says why",
-    Alert.UNSUPPORTED_CERTIFICATE: f"{_REFUSED} for its kind or its usage",
+    Alert.UNSUPPORTED_CERTIFICATE: f"{_REFUSED} for its type or its key usage",
     Alert.CERTIFICATE_UNKNOWN: f"{_REFUSED}; its log says why",
-    Alert.ACCESS_DENIED: "it knows who we are, and does not admit us",
-    Alert.UNKNOWN_PSK_IDENTITY: "it does not know or cannot get our pre-shared key or QKD key",
-    Alert.DECRYPT_ERROR: "a signature or a pre-shared key does not verify there; the two ends may "
-    "have different keys",
+    Alert.ACCESS_DENIED: "it knows our identity and denies us access",
+    Alert.UNKNOWN_PSK_IDENTITY: "it does not have, or cannot get, our pre-shared key or QKD key",
+    Alert.DECRYPT_ERROR: (
+        "a signature or a pre-shared key did not verify at its end; the two ends may have "
+        "different keys"
+    ),
     Alert.INTERNAL_ERROR: "a failure on its side; its log says why",
 }
-"""What a peer's alert means for the reader of the error (RFC 9846 section 6.2). Alerts that are not
-listed say that a message was malformed."""
+"""Explanations of a peer's alert for the reader of the error (RFC 9846 section 6.2). Alerts that
+are not listed mean that a message was malformed."""
 
 
 class AlertReceived(HybridkexError):
@@ -247,8 +257,10 @@ class TruncationError(HybridkexError):
 
     def __init__(
         self,
-        text: str = "the other end closed the connection without close_notify, so data may be "
-        "missing: its program ended, or a proxy's time-out between cut it; see their logs",
+        text: str = (
+            "the other end closed the connection without close_notify, so data may be missing: its "
+            "program ended, or a proxy on the path cut it after a time-out; see their logs"
+        ),
     ) -> None:
         super().__init__(text)
 
@@ -263,7 +275,7 @@ class KeySourceError(HybridkexError):
 
 
 class KeySourceExhausted(KeySourceError):
-    """No key for this peer is available now; the link may make more."""
+    """No key for this peer is available now; the link may produce more."""
 
 
 class KeyUnknown(KeySourceError):
@@ -275,7 +287,7 @@ class KeyNotYetAvailable(KeySourceError):
 
 
 class KeyConsumed(KeySourceError):
-    """The key was delivered before; a key is delivered once."""
+    """The key was delivered before; each key is delivered only once."""
 
 
 class KeyExpired(KeySourceError):
@@ -291,7 +303,7 @@ class KeySourceUnavailable(KeySourceError):
 
 
 class LinkError(KeySourceError):
-    """A QKD link cannot continue; its unfinished material is erased."""
+    """A QKD link cannot continue; its unfinished key material is erased."""
 
 
 class BlockAborted(LinkError):
@@ -307,18 +319,17 @@ class NotRandom(LinkError):
 
 
 class LedgerDry(LinkError):
-    """A QKD link has used up its authentication key and stops."""
+    """A QKD link has used up its authentication key and has stopped."""
 
 
 class LedgerLost(LinkError):
-    """The parties of a QKD link share no stored authentication key: one has lost its state.
-
-    Signatures may restart the link if its settings allow that.
+    """The parties of a QKD link share no stored authentication key, because one has lost its state.
+    If the settings of the link allow it, signatures restart it.
     """
 
 
 class RecordingError(HybridkexError):
-    """A capture file, or another file that an adversary works from, cannot be read."""
+    """A capture file, or another file of an adversary, cannot be read."""
 
 
 __all__ = [

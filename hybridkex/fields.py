@@ -1,7 +1,7 @@
-"""The fields of a configuration, checked against their annotations when an object is made.
+"""Checks of the fields of a configuration against their annotations when an object is created.
 
 Annotations help only users of a type checker. Everyone else gets an error that names the field and
-the type that was given and shows a correct line; never the value, which may be a key.
+the given type and shows a correct line; it never shows the value, which may be a key.
 """
 
 import inspect
@@ -19,7 +19,8 @@ from hybridkex.errors import ConfigError, InternalError
 
 
 class Kind(NamedTuple):
-    """The values that a field accepts; one in ``Annotated`` replaces what follows from the type."""
+    """The values that a field accepts; one in ``Annotated`` replaces the one derived from the
+    type."""
 
     fits: Callable[[Any], bool]
     what: str
@@ -163,7 +164,7 @@ _YEAR_10000: Final = 253_402_300_800
 
 @dataclass(frozen=True)
 class _CheckedClock:
-    """The clock of a caller, whose answer is checked at each call."""
+    """The clock of a caller; its result is checked at each call."""
 
     clock: Callable[[], Any]
 
@@ -175,9 +176,9 @@ class _CheckedClock:
         if _is_number(now) and 0 <= now < _YEAR_10000:
             return float(now)
         raise InternalError(
-            "the clock of our configuration does not say what time it is: it must return a number "
-            f"of seconds since 1970, before the year 10000, and it returned {described(now)}"
-            f"{f' of {now:g}' if _is_number(now) else ''}; clock=time.time does"
+            "the clock of our configuration is wrong: it must return a number of seconds since "
+            "1970, before the year 10000, and it returned "
+            f"{{described(now)}}{f' of {now:g}' if _is_number(now) else ''}; clock=time.time does"
         )
 
 

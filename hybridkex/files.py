@@ -1,8 +1,8 @@
-"""Reading of configured files, and writing of all the library's files.
+"""Reading of configured files, and writing of all files of the library.
 
-Reading: a service rereads its files while it runs, on a signal. Whatever a file has become (a
-    folder, an endless device, a pipe without a writer, an impossible path) must give an error that
-    names it, and must neither hang nor end the service.
+Reading: a service rereads its files on a signal while it runs. If a file has become something else
+(a folder, an endless device, a pipe without a writer, an invalid path), this must cause an error
+that names it, and must neither block nor end the service.
 
 Writing: whole, and by default readable by the owner alone. Every file that the library or a command
 creates is created here (``tests/test_written_files.py`` reads the sources for others), except those
@@ -26,7 +26,8 @@ from typing import Any, BinaryIO, Final, NoReturn
 from hybridkex.errors import ConfigError
 
 LIMIT: Final = 16 << 20
-"""Most bytes of a file: far more than any certificate, key, key list or configuration needs."""
+"""The maximum length of a file in bytes: far more than any certificate, key, key list or
+configuration needs."""
 PATIENCE: Final = 5.0
 """Seconds to wait for a pipe (``<(command)`` of a shell)."""
 PRIVATE: Final = 0o600
@@ -58,8 +59,8 @@ def read_file(
         limit: the maximum length in bytes.
         missing: the result if there is no such file; ``None`` makes that an error.
         pipe: whether it may be a pipe or a device, which can be read only once.
-        own: whether to refuse what another user may have put there: for secrets and for files that
-            the program keeps, which are not there before it writes them.
+        own: whether to refuse a file that another user may have put there: for secrets, and for
+            files that the program itself creates.
 
     Raises:
         ConfigError: the file cannot be read or is too long; the message names it.
@@ -104,7 +105,7 @@ def _read(file: int, limit: int) -> bytes | None:
         except BlockingIOError:
             left = deadline - time.monotonic()
             if left <= 0:
-                raise TimeoutError(0, f"it gave no data for {PATIENCE:g} s") from None
+                raise TimeoutError(0, f"it had no data for {PATIENCE:g} s") from None
             poll.poll(left * 1000)
             continue
         if not data:
@@ -114,7 +115,7 @@ def _read(file: int, limit: int) -> bytes | None:
 
 
 def read_utf8(path: str | os.PathLike[str], **options: Any) -> str:
-    """Read a text in UTF-8, with the mark at its start or without it. For options and errors, see
+    """Read a text in UTF-8, with or without a byte order mark. For options and errors, see
     :func:`read_file`."""
     data = read_file(path, **options)
     zeros = b"\0" in data  # each line end of UTF-16 and UTF-32 has some, and no line of UTF-8
@@ -259,18 +260,18 @@ def _write_special(path: Path, content: bytes) -> None:
 def reserve_file(
     path: str | Path, size: int, *, mode: int = PRIVATE
 ) -> Iterator[Callable[[bytes], None]]:
-    """Take the room for a file before its content exists, for content that must not be lost.
+    """Reserve disk space for a file before its content exists, for content that must not be lost.
 
     The context's value writes the content, at most once; the file is then created or replaced as by
     :func:`write_file`. Without it, nothing is changed.
 
     Args:
         path: of the file.
-        size: the most bytes that the content may have.
+        size: the maximum length of the content in bytes.
         mode: of the file.
     """
     path = Path(path)
-    if _is_special(path):  # there is no room to take in a device or a pipe
+    if _is_special(path):  # a device or a pipe has no space to reserve
         with _named(path):
             check_own(_followed(path))
         yield lambda content: write_file(path, content)
@@ -325,7 +326,7 @@ def _temporary(
 
     Args:
         path: of the file.
-        size: the most bytes that the content may have.
+        size: the maximum length of the content in bytes.
         mode: of the file.
         replace: whether it may replace another file; otherwise ``FileExistsError``.
     """
@@ -402,7 +403,7 @@ def _create_in_place(path: Path, content: bytes, mode: int) -> None:
             file.flush()
             os.fsync(descriptor)
     except BaseException:
-        os.unlink(path)  # half of a key is none
+        os.unlink(path)  # part of a key is useless
         raise
 
 

@@ -1,17 +1,17 @@
-"""JSON from outside: from a peer, a server or a file."""
+"""Parsing of untrusted JSON: from a peer, a server or a file."""
 
 import json
 from collections.abc import Callable
 from typing import Any, Final
 
 MOST_LEVELS: Final = 64
-"""Most levels of nesting, so that code which goes through a value level by level cannot reach
-Python's recursion limit. ``json.loads`` alone allows as many as that limit does."""
+"""The maximum nesting depth, so that recursive code cannot reach Python's recursion limit, which is
+the only limit of ``json.loads``."""
 
 MOST_VALUES: Final = 1 << 17
-"""Most values in a text of a peer or a server. The time to parse a text grows with its values
-rather than with its bytes: 8 MB are 10 ms as one string, and seconds as empty lists. The longest
-message of a KME (8192 keys, each of one block) has less than half as many."""
+"""The maximum number of values in a text from a peer or a server. The time to parse a text grows
+with its values rather than with its bytes: 8 MB are 10 ms as one string, and seconds as empty
+lists. The longest message of a KME (8192 keys, each of one block) has less than half as many."""
 
 
 def load_json(

@@ -1,7 +1,7 @@
 """Names of a package that come from its modules when they are first used (PEP 562).
 
-A program that connects needs neither the certificate authority for tests nor the listener of a
-server, and to load them would be a good part of its start.
+A client program needs neither the certificate authority for tests nor the listener of a server, and
+importing them would take a large part of its start-up time.
 """
 
 import importlib

@@ -1,7 +1,7 @@
 """Messages for errors of the operating system: full disks, permissions, memory, threads.
 
-Each is one line that says what happened, where, and the next step. Every command, and everything
-that writes a file, takes its messages from here.
+Each is one line with the fault, the place and the next step. All commands, and all code that writes
+files, use these messages.
 """
 
 import errno
@@ -22,7 +22,7 @@ _ADVICE: Final = {
     errno.EACCES: f"check the permissions of the file and of its folder, or {_ELSEWHERE}",
     errno.EPERM: f"check the permissions of the file and of its folder, or {_ELSEWHERE}",
     errno.ENOENT: "check that the folder exists",
-    errno.ENOTDIR: "a file stands where a folder is needed: check the path",
+    errno.ENOTDIR: "a file is where a folder is needed: check the path",
     errno.EEXIST: "choose another name, or remove it first",
     errno.EISDIR: "name a file, not a folder",
     errno.ENAMETOOLONG: "choose a shorter name",
@@ -34,12 +34,11 @@ _ADVICE: Final = {
     errno.EAGAIN: "raise the limit of processes and threads (ulimit -u), or end other programs",
 }
 NO_MEMORY: Final = (
-    "this machine gives the program no more memory; end other programs, or raise the limit "
-    "(ulimit -v)"
+    "there is no more memory for the program; end other programs, or raise the limit (ulimit -v)"
 )
 """The message when memory is needed and there is none."""
 NO_THREAD: Final = (
-    "this machine starts no more threads for the program; raise the limit of processes and threads "
+    "no more threads can be started for the program; raise the limit of processes and threads "
     "(ulimit -u) or of memory (ulimit -v), or end other programs"
 )
 """The message when a thread is needed and none can be started."""
@@ -60,7 +59,7 @@ def leaves(error: BaseException) -> Iterator[BaseException]:
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and what led to it, the nearest first."""
+    """The error and its causes, the nearest first."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
@@ -114,7 +113,7 @@ def refusal(error: BaseException) -> str | None:
     for cause in _related(error):
         if isinstance(cause, MemoryError):
             return NO_MEMORY
-        # The dynamic loader's words, which NumPy and others quote.
+        # A message of the dynamic loader, which NumPy and others quote.
         if isinstance(cause, ImportError) and "failed to map segment" in str(cause):
             return NO_MEMORY
         # threading has no exception of its own for it.
@@ -131,7 +130,7 @@ def is_scarce(error: BaseException) -> bool:
 
 
 def _related(error: BaseException) -> list[BaseException]:
-    """The error, and all that led to it."""
+    """The error and all its causes."""
     found: list[BaseException] = [error]
     for one in found:  # it grows
         if isinstance(one, BaseExceptionGroup):

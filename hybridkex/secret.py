@@ -1,8 +1,8 @@
 """Secrets that cannot leak by accident.
 
 Python cannot guarantee that memory is erased: ``bytes`` are immutable and copied freely (see
-``docs/security.md``). It can keep a secret out of the usual places of a leak: a ``repr`` in a log
-line, a dataclass printed in a traceback, a pickle.
+``docs/security.md``). This class keeps a secret out of the usual leaks: a ``repr`` in a log line, a
+dataclass printed in a traceback, a pickle.
 """
 
 import hmac
@@ -13,8 +13,8 @@ from typing import NoReturn, final
 class Secret:
     """Bytes that appear in no ``repr``, ``str``, ``format``, pickle or copy.
 
-    Comparison takes constant time. The bytes come out only through :meth:`reveal`, which is easy
-    to search for.
+    Comparison takes constant time. Only :meth:`reveal`, which is easy to search for, returns the
+    bytes.
     """
 
     __slots__ = ("_value",)

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from typing import Any, Final, TextIO
 
 MOST: Final = 4096
-"""Most characters of one text to show."""
+"""The maximum number of characters of a text to show."""
 
 _INVISIBLE: Final = frozenset(
     "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"

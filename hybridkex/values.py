@@ -1,12 +1,12 @@
-"""Value classes: dataclasses that nothing changes once they are made.
+"""Value classes: dataclasses that are never changed after creation.
 
 ``@dataclass(frozen=True)`` checks this while the program runs: each field is set by a call of
 ``object.__setattr__``, which makes an object four times as expensive, and each class takes half a
 millisecond to define. A handshake makes more than forty such objects, of fifty classes. For
-:func:`value` the type checker alone sees to it.
+:func:`value` only the type checker checks this.
 
-What an application gets and decides by (configurations, policies, sessions, identities) stays
-``@dataclass(frozen=True)``.
+Objects that applications receive and base decisions on (configurations, policies, sessions,
+identities) remain ``@dataclass(frozen=True)``.
 """
 
 from collections.abc import Callable

@@ -84,7 +84,7 @@ def _say(message: object) -> None:
 def _run(arguments: list[str]) -> int:
     top = Parser(
         prog="hybridkex",
-        description="Secure channels whose keys rest on ECDH, ML-KEM and QKD at once.",
+        description="Secure channels whose keys are derived from ECDH, ML-KEM and QKD together.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="commands:\n"
         + "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())

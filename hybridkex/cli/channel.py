@@ -64,9 +64,9 @@ async def server_config(options: ChannelOptions, **more: Any) -> AsyncIterator[S
     async with _shared_arguments(options) as shared:
         if ours is None and decides is not None and (shared.get("psks") or shared["psk_source"]):
             raise ConfigError(
-                "--ca, --pin, --known-peers and --insecure are about the client's certificate, and "
-                "a server that has only a PSK cannot ask for it (RFC 9846 section 4.4.2): add a "
-                "server certificate with --cert and --key, so that both are used (RFC 9973)"
+                "--ca, --pin, --known-peers and --insecure apply to the client's certificate, and "
+                "a server with only a PSK cannot request it (RFC 9846 section 4.4.2): add a server "
+                "certificate with --cert and --key, so that both are used (RFC 9973)"
             )
         if ours is None and not shared.get("psks") and shared["psk_source"] is None:
             raise ConfigError(
@@ -75,7 +75,7 @@ async def server_config(options: ChannelOptions, **more: Any) -> AsyncIterator[S
             )
         if decides is None and more.get("require_client_certificate"):
             raise ConfigError(
-                "--require-client-cert needs to know whom to trust: add --ca, --pin or "
+                "--require-client-cert needs trusted authorities or keys: add --ca, --pin or "
                 "--known-peers"
             )
         with watched(options.cert, _certificate(ours)):
@@ -120,9 +120,7 @@ def _channel_arguments(options: ChannelOptions) -> dict[str, Any]:
         arguments["psks"] = (_psk(options.psk, options),)
         psk = Requirement.REQUIRE
         if qkd is not Requirement.OFF:
-            raise ConfigError(
-                "--psk and QKD keys exclude each other: one PSK goes into a handshake"
-            )
+            raise ConfigError("--psk and QKD keys exclude each other: a handshake uses one PSK")
     elif options.psk_import is not None or options.psk_hash is not None:
         about = "--psk-hash" if options.psk_import is None else "--psk-import"
         raise ConfigError(f"{about} requires --psk")
@@ -143,7 +141,8 @@ def _update_arguments(
             arguments["fresh_keys"] = FreshKeys(every=options.fresh_keys)
     elif options.fresh_keys_policy is not None:
         raise ConfigError(
-            "--fresh-keys-policy requires --fresh-keys: a time, or peer to leave it to the peer"
+            "--fresh-keys-policy requires --fresh-keys: an interval, or 'peer' to let the peer "
+            "decide"
         )
     if options.one_time_pad:
         if qkd is Requirement.OFF:

@@ -1,7 +1,8 @@
 """The checks of ``hybridkex doctor``: what is installed, and whether it computes correctly.
 
 Each check runs the real code: published vectors, key exchanges, signatures, a complete handshake
-with all three legs over a socket pair. Nothing leaves the machine, except to a KME that was named.
+with ECDH, ML-KEM and a QKD key over a socket pair. Nothing leaves the machine, except to a KME that
+was named.
 """
 
 import hashlib
@@ -203,7 +204,7 @@ async def _handshake() -> str:
             await client.do_handshake()
     session = client.session
     if not session.qkd_key_ids or not session.post_quantum:
-        raise _Wrong(f"a leg is missing: {session}")
+        raise _Wrong(f"a key exchange or the QKD key is missing: {session}")
     return f"{' + '.join(session.parts)} + a QKD key, {session.cipher_suite}, certificate verified"
 
 

@@ -23,9 +23,9 @@ class DemoOptions:
 
 COMMAND: Final = Command(
     "Run two sites in one terminal: a simulated QKD link, a KME at each site, a handshake with "
-    "X25519, ML-KEM and a QKD key, certificates on both sides, and a file transfer. Then "
-    "search every record that Eve captured for the file's content, and report what the keys "
-    "rest on. Everything runs on this machine and takes about half a minute.",
+    "X25519, ML-KEM and a QKD key, certificates on both sides, and a file transfer. Then search "
+    "every record that Eve captured for the file's content, and report which secrets the keys are "
+    "derived from. Everything runs on this machine and takes about half a minute.",
     examples=["demo", "demo holiday.jpg --distance 80", "demo --keep recording"],
     status="0 if the file arrived intact and nothing of it is in Eve's recording, 1 otherwise",
     action=Action("demo", DemoOptions, extra="kme,link"),

@@ -20,8 +20,8 @@ class DoctorOptions:
 
 COMMAND: Final = Command(
     "Check this installation: published test vectors, every group and signature scheme, a "
-    "handshake with all three legs, the trust store, liboqs, the optional packages; and a KME, "
-    "if --kme names one. No key is drawn from the KME.",
+    "handshake with ECDH, ML-KEM and a QKD key, the trust store, liboqs, the optional packages; "
+    "and a KME, if --kme names one. No key is drawn from the KME.",
     examples=[
         "doctor",
         "doctor --json",

@@ -1,10 +1,9 @@
 """Look-ups of host names that do not wait for one another.
 
 trio resolves names in threads, of which it uses 40 at most: 40 connections to one name whose DNS
-server does not answer would delay every connection to another name. Here all who ask the same
-question share one look-up, so the number of threads is that of the names asked for. Those who ask
-within a second after it take its answer: a thread for each connection costs more than the rest of
-connecting.
+server does not answer would delay every connection to another name. Here all callers with the same
+query share one look-up, so the number of threads is the number of different names. The result is
+reused for a second: a thread for each connection costs more than the rest of connecting.
 """
 
 import copy

@@ -14,10 +14,10 @@ from hybridkex.values import value
 
 __all__ = ["ChannelOptions", "add_options", "from_namespace", "port_file"]
 
-_TRUST: Final = Group("whom to trust")
-_OWN: Final = Group("who we are")
+_TRUST: Final = Group("trust")
+_OWN: Final = Group("our identity")
 _PSK: Final = Group("pre-shared key")
-_TLS: Final = Group("what to offer or accept")
+_TLS: Final = Group("parameters to offer or accept")
 _FRESH: Final = Group(
     "fresh keys (experimental)",
     "A live session runs the key exchange again, with a new QKD key where there is a source. "
@@ -80,20 +80,20 @@ class ChannelOptions:
         "application protocols in order of preference", type=comma_list, metavar="LIST", group=_TLS
     )
     fresh_keys: float | None = option(
-        "renew the keys that often (60s, 5m, 2h), or when the peer does (peer)",
+        "renew the keys at this interval (60s, 5m, 2h), or when the peer does (peer)",
         type=renewal,
         metavar="TIME",
         group=_FRESH,
     )
     fresh_keys_policy: str | None = option(
-        "refuse a peer that cannot do this (require, the default), or use what TLS 1.3 has instead "
-        "(prefer)",
+        "refuse a peer without support for this (require, the default), or fall back to KeyUpdate "
+        "of TLS 1.3 (prefer)",
         choices=("require", "prefer"),
         group=_FRESH,
     )
     one_time_pad: bool = option(
-        "send data under a one-time pad of QKD keys alone, or not at all, for channels that carry "
-        "little; see docs/one-time-pad.md",
+        "protect all data by a one-time pad of QKD keys, for channels that carry little data; see "
+        "docs/one-time-pad.md",
         group=_FRESH,
     )
     json: bool = option("print the session as one JSON line on standard error", group=_OUTPUT)

@@ -33,13 +33,13 @@ async def shake_hands(stream: SecureStream[Any]) -> None:
 
 
 def report(session: Session, *, as_json: bool) -> None:
-    """Print on standard error what the keys rest on."""
+    """Print on standard error the session: where its keys come from, and who the peer is."""
     text = json_line(session.as_json()) if as_json else str(session)
     print(text, file=sys.stderr, flush=True)
 
 
 def report_epochs(session: Session, *, as_json: bool) -> None:
-    """At the end of a session that has renewed its keys, print what they rested on last."""
+    """At the end of a session that has renewed its keys, print its last epoch."""
     if session.epochs:
         report(session, as_json=as_json)
 

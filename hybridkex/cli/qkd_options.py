@@ -14,13 +14,13 @@ CHANNEL_KEYS: Final = Group(
     "sides.",
 )
 EXCHANGE_KEYS: Final = Group(
-    "QKD keys", "With --kme or --key-pool, given at both ends, a QKD key goes into each key."
+    "QKD keys", "With --kme or --key-pool at both ends, each key is derived from a QKD key, too."
 )
 
 
 @value(kw_only=True)
 class KmeOptions:
-    """Which KME, and how to reach it."""
+    """The KME, and the TLS settings to reach it."""
 
     kme: str | None = option("the KME of our site, as https://host:port", metavar="URL")
     kme_ca: Path | None = option("the authority of the KME's certificate (PEM)")
@@ -45,7 +45,7 @@ class QkdOptions:
     sae: str | None = option("our own SAE ID", metavar="ID")
     peer_sae: list[str] = option("the peer's SAE ID; a listener may have several", metavar="ID")
     peer_kme_id: str | None = option(
-        "the ID of the peer's KME, where the status of ours hides it", metavar="ID"
+        "the ID of the peer's KME, if the status of our KME does not give it", metavar="ID"
     )
     key_pool: Path | None = option(
         "a pool that 'kme export-pool' filled; with --kme, used when the KME fails"

@@ -38,8 +38,8 @@ def _check_source_options(options: QkdOptions) -> None:
         for name in ("sae", "peer_sae"):
             if getattr(options, name):
                 raise ConfigError(
-                    f"{_option(name)} is about QKD keys, and no source of them is named: add --kme "
-                    "or --key-pool"
+                    f"{_option(name)} applies to QKD keys, and no source of QKD keys is given: add "
+                    "--kme or --key-pool"
                 )
 
 

@@ -27,7 +27,8 @@ class ReceiveOptions:
     anyone: bool = option("accept files from unauthenticated senders")
     once: bool = option("exit after one sender has finished")
     max_connections: int = option(
-        "most senders at once; others are told to try again later (default: %(default)s)",
+        "maximum number of simultaneous senders; others are told to try again later (default: "
+        "%(default)s)",
         default=64,
     )
     log_level: str = log_level("warning")

@@ -65,8 +65,8 @@ def takes_output(descriptor: int, seconds: float) -> bool:
 class StandardOutput(PrintableOutput):
     """Standard output, escaped; an error of writing to it says where it comes from.
 
-    Whoever writes may pass over an error, as ``argparse`` does with help: the next :meth:`flush`
-    raises it again.
+    A caller may ignore an error, as ``argparse`` does for help; the next :meth:`flush` raises it
+    again.
     """
 
     _failed: OSError | None = None

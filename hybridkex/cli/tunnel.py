@@ -39,7 +39,9 @@ class ProcessOptions:
 class TunnelOptions:
     local: str
     name: str | None = option("the tunnel's name in logs and metrics (default: its address)")
-    max_connections: int = option("most connections at once (default: %(default)s)", default=256)
+    max_connections: int = option(
+        "maximum number of simultaneous connections (default: %(default)s)", default=256
+    )
     handshake_timeout: float = option(
         "time for a handshake (default: %(default)s)", metavar="SECONDS", default=10.0
     )

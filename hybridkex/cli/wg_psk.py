@@ -62,7 +62,7 @@ class WgPskOptions:
     )
     fresh_psk: str = option(
         "without a fresh key, stop the tunnel with a random one (require, the default), or log a "
-        "warning and go on (prefer)",
+        "warning and continue (prefer)",
         choices=[Requirement.REQUIRE.value, Requirement.PREFER.value],
         default=Requirement.REQUIRE.value,
         group=_WHEN,

@@ -74,12 +74,13 @@ _HEADER: Final = b"hybridkex combiner v2 "
 _NONCE: Final = 32
 _CONFIRMATION: Final = 32
 _MAX_PROOF: Final = (1 << 16) + (1 << 18)
-"""Most bytes of a message besides its shares: a signature and a public key."""
+"""The maximum length of a message in bytes, without its shares: a signature and a public key."""
 _MAX_KEY_NAME: Final = 1 << 13
 """Bytes of the name of a QKD key: at most eight parts of 768 bytes."""
 
 MAX_LENGTH: Final = 254 * SHA256.size - 2 * _CONFIRMATION
-"""Most bytes of a key: the output of either method with SHA-256, less the two confirmations."""
+"""The maximum length of a key in bytes: the output of either method with SHA-256, less the two
+confirmations."""
 
 
 class Authentication(Protocol):
@@ -299,9 +300,9 @@ class Exchanged:
     peer: VerifiedPeer | None
     """The peer, if it was authenticated by a signature."""
     parts: tuple[str, ...]
-    """The key exchanges that the key rests on, by name."""
+    """The names of the key exchanges in the key."""
     qkd_key_ids: tuple[str, ...]
-    """The IDs of the QKD keys that the key rests on."""
+    """The IDs of the QKD keys in the key."""
 
 
 async def exchange(
@@ -325,7 +326,7 @@ async def exchange(
             protocol.
         HandshakeTimeout: the exchange took longer than ``config.time_limit``.
         TruncationError: the stream ended.
-        KeySourceError: the key source gave no QKD key.
+        KeySourceError: the key source returned no QKD key.
     """
     with trio.move_on_after(config.time_limit):
         verifier = getattr(config.authentication, "verifier", None)
@@ -383,7 +384,7 @@ class _Run:
         named = vector32(name) + vector32(_bound(keys.initiator, name))
         await self._send(named + vector32(with_qkd.initiator))
         if not hmac.compare_digest(with_qkd.responder, await self._receive(_CONFIRMATION)):
-            raise DecryptError("the responder's KME gave it a different QKD key")
+            raise DecryptError("the responder got a different QKD key from its KME")
         return self._result(with_qkd, verified, qkd)
 
     async def respond(self) -> Exchanged:
@@ -414,14 +415,14 @@ class _Run:
         self.on_authenticated()
         name = name_of(identity)
         if name is None or not config.key_source.knows(name):
-            raise IllegalParameter("the peer named a QKD key of KMEs that are not ours")
+            raise IllegalParameter("the peer named a QKD key of other KMEs than ours")
         qkd = await ask(partial(config.key_source.get_key_with_id, name))
         with_qkd = self._keys(
             SHA256.digest(digest + identity),
             [*legs, Leg(name="QKD", secret=qkd.key, offer=identity)],
         )
         if not hmac.compare_digest(with_qkd.initiator, confirmation):
-            raise DecryptError("the initiator's KME gave it a different QKD key")
+            raise DecryptError("the initiator got a different QKD key from its KME")
         await self._send(with_qkd.responder)
         return self._result(with_qkd, verified, qkd)
 

@@ -182,7 +182,7 @@ class Method(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Leg:
-    """One secret, and the messages that established it.
+    """One input of :func:`combine`: a secret and the messages that established it.
 
     Raises:
         ConfigError: a field has the wrong type, the name is not valid Unicode or is empty, or the

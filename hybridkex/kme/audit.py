@@ -1,12 +1,12 @@
-"""The audit trail of a KME: which keys it gave to whom, in files that nobody changes in silence.
+"""The audit trail of a KME: which keys it delivered to whom, in tamper-evident files.
 
 Each record is one line of JSON, and has the SHA-256 of the line before it. A process writes files
 of its own; the first record of each has the last line's SHA-256 of every other file in the folder,
 except those that an earlier file has in its first record and that have not grown since. So a record
-that is changed, removed, inserted or moved breaks the chain, and a file that is removed or cut is
-missed by those that began later. What no later record covers, the end of the newest files, can only
-be checked against a copy of a *head*, the SHA-256 of a last line, that was kept elsewhere: the log
-says it from time to time.
+that is changed, removed, inserted or moved breaks the chain, and a file that is removed or
+truncated is missed by files that were begun later. What no later record covers, the end of the
+newest files, can only be checked against a copy of a *head*, the SHA-256 of a last line, that was
+kept elsewhere: the log says it from time to time.
 
 A record is on the disk before the key leaves the process. If it cannot be written, the key does not
 leave.

@@ -48,7 +48,7 @@ class RemoteEnd:
     """The other end of a link, in another process."""
 
     party: str
-    """Who we are: ``alice``, who listens, or ``bob``."""
+    """Our role: ``alice``, who listens, or ``bob``."""
     address: TcpAddress
     peer_credential: Path
 

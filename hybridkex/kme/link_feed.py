@@ -61,21 +61,22 @@ BATCH: Final = 64
 """Keys handed over at a time, so that a large block does not need room for all of its keys at
 once."""
 SLOW: Final = 60.0
-"""Seconds after which a link says that it waits for its KME."""
+"""Seconds after which a link logs that it waits for its KME."""
 PAUSE: Final = 1.0
 """Seconds before the next attempt, after an aborted block or a broken connection."""
 LONG_PAUSE: Final = 10.0
 """Seconds before the next attempt if an operator must restart the KMEs, because the authentication
 key is used up or lost."""
 LONGEST_PAUSE: Final = 600.0
-"""The most that Bob waits, where attempts use up authentication key and make no block."""
+"""The maximum time that Bob waits if attempts use up authentication key without a block, in
+seconds."""
 FRUITLESS: Final = 2
 """Such attempts in a row after which Bob waits longer. An attempt is a block that is given up or a
 session that ends."""
 LONGER: Final = 4.0
 """Factor from one of these waits to the next."""
 ALONE: Final = 10.0
-"""Seconds without a session after which Alice says that she waits for Bob."""
+"""Seconds without a session after which Alice logs that she waits for Bob."""
 GREETING_SECONDS: Final = 10.0
 """Seconds for a greeting, and then for the other connection of the session."""
 UNAUTHENTICATED: Final = 32
@@ -89,7 +90,7 @@ _EXPECTED: Final = (LinkError, OSError, trio.BrokenResourceError, MemoryError, N
 """The exceptions that end a session without a defect of the program."""
 
 _NOTHING: Final = (trio.TooSlowError, EndOfStream)
-"""The exceptions of a connection that says nothing, or no more."""
+"""The exceptions of a connection that is silent or has ended."""
 
 Note = Callable[[Block | BlockAborted], None]
 
@@ -436,7 +437,7 @@ class PartyFeed:
         if times == round(SLOW / LATE) and not self._settings.real_time:
             self._troubles.log(
                 logging.WARNING,
-                "the other party announces that its light is late, and no block is made "
+                "the other party announces that its light is delayed, and no block is made "
                 "meanwhile: its KME is full until applications take keys, or its store fails",
             )
 

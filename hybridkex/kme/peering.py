@@ -216,7 +216,7 @@ class HttpPeer:
             with trio.fail_after(self._seconds):
                 return await self._http.exchange("POST", path, content=body)
         except trio.TooSlowError:
-            raise KeySourceUnavailable(f"it gave no answer within {self._seconds:g} s") from None
+            raise KeySourceUnavailable(f"it did not answer within {self._seconds:g} s") from None
         except HTTP_FAILURES as error:
             raise KeySourceUnavailable(f"it {what_failed(error)}") from None
 

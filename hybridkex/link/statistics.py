@@ -1,4 +1,4 @@
-"""Confidence bounds that finite keys rest on; each fails with at most the given probability.
+"""Confidence bounds for the security of finite keys; each fails with at most the given probability.
 
 * :func:`mean_upper`, :func:`mean_lower`: the expectation of a sum of independent events, from how
   many of them happened. W. Hoeffding, J. Am. Stat. Assoc. 58, 13 (1963), theorem 1, in its form

@@ -1,1 +1,1 @@
-"""Shared by everything networked: addresses, HTTP, supervision of accepted connections."""
+"""Code shared by all networked packages: addresses, HTTP, supervision of accepted connections."""

@@ -54,7 +54,7 @@ def parse_tcp_address(text: str, *, default_port: int | None = None) -> TcpAddre
     try:
         host.encode("idna" if host.isascii() else "utf-8")
     except UnicodeError:
-        raise ConfigError(f"{host!r} is not a host: a label has 1 to 63 bytes") from None
+        raise ConfigError(f"{host!r} is not a host: each label must have 1 to 63 bytes") from None
     if not separator and default_port is not None:
         return TcpAddress(host, default_port)
     if not (port.isascii() and port.isdigit() and int(port) < 1 << 16):

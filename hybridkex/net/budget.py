@@ -2,8 +2,8 @@
 
 A connection begins in the budget of those that have not yet authenticated, with a deadline, and
 moves to the budget of its kind when its handler knows the peer (:meth:`Connection.admit`). A budget
-is shared fairly among its holders (see :class:`Budget`), so that idle clients cannot lock others
-out.
+is shared fairly among its holders (see :class:`Budget`), so that idle clients cannot deny service
+to others.
 """
 
 import contextlib
@@ -39,11 +39,12 @@ class Connection:
 
     Attributes:
         peer: the peer's address and port, or ``a local program``.
-        address: where the peer is, which holds a place until the peer has authenticated: an IPv4
-            address, the /64 prefix of an IPv6 address, the user ID of a local program, or empty.
+        address: the peer's network, which is the holder of the place until the peer has
+            authenticated: an IPv4 address, the /64 prefix of an IPv6 address, the user ID of a
+            local program, or empty.
         log: for log lines that the peer can cause; one for all unknown peers, and another for known
             ones (:meth:`recognize`).
-        served: for the lines of ordinary use, if it is not known who the peer is.
+        served: the log for routine lines about unauthenticated peers.
         evicted: whether it was closed to make room for another connection.
     """
 
@@ -73,7 +74,7 @@ class Connection:
 
     @property
     def is_silent(self) -> bool:
-        """Whether nothing has come from the peer that could be read."""
+        """Whether no unread bytes from the peer are waiting."""
         return self._transport is not None and not has_unread(self._transport)
 
     def fileno(self) -> int:
@@ -88,20 +89,20 @@ class Connection:
         cut: Callable[[], object],
         may_stay: Callable[[], object] = lambda: None,
     ) -> None:
-        """Take a place to authenticate in.
+        """Take a place for authentication.
 
         Args:
             budget: the places.
             cut: ends the connection, to make room for another.
-            may_stay: called when the peer has authenticated: there is no deadline any more.
+            may_stay: called when the peer has authenticated, which ends the deadline.
         """
         budget._add(self, self.address)
         self._waiting_since = current_time()
         self._cut, self._may_stay = cut, may_stay
 
     def recognize(self) -> None:
-        """Mark the peer as one that has proved who it is: unknown peers, however many, suppress
-        none of its log lines."""
+        """Mark the peer as authenticated for logging, so that unknown peers cannot suppress its log
+        lines."""
         self.log = self._known
 
     def release(self) -> None:
@@ -123,13 +124,13 @@ class Connection:
 
         Args:
             budget: of the connections of its kind.
-            holder: who the peer is; :attr:`address` if that is ``None``.
+            holder: the identity of the peer; :attr:`address` if ``None``.
             is_used: whether the connection has carried any data of the application. As long as it
                 has not, a newcomer may take its place, as in :meth:`waiting`; afterwards it keeps
                 its place while data flows (see :class:`Budget`). So clients that share the address
                 of good ones cannot lock them out.
-            silence: seconds since data of the application last crossed the connection. It is asked
-                where the system does not say, as for a Unix socket; negative: not known.
+            silence: seconds since data of the application last crossed the connection. It is called
+                if the system does not know, as for a Unix socket; a negative result means unknown.
 
         Raises:
             TooManyConnections: the budget is used up. Deadline and place stay as they were, so that
@@ -149,7 +150,7 @@ class Connection:
         it now loses nothing.
 
         Args:
-            unread: also while bytes of the peer wait to be read; what it owes us is that it reads.
+            unread: also while bytes of the peer are unread, because we wait for the peer to read.
         """
         self._waiting_since, self._unread = current_time(), unread
         try:
@@ -188,17 +189,17 @@ class Connection:
 
 
 class Budget:
-    """A number of connections that may be open at once, shared fairly among those who hold them.
+    """A maximum number of open connections, shared fairly among their holders.
 
-    When it is used up, a newcomer replaces one connection, of the first kind that there is:
+    When it is used up, a new connection replaces an existing one, of the first of these kinds that
+    exists:
 
     1. one that has waited ``patience`` seconds for its peer (:meth:`Connection.waiting`), or has
        been admitted for as long and never carried data;
-    2. one that has carried data, but none for ``idle`` seconds: a client that sends one byte does
-       not keep a place for ever;
-    3. with ``even_shares``, for holders who need not keep their peers waiting to occupy places: the
-       newest connection of the holder who has the most, if that leaves that holder no fewer than
-       the newcomer then has. It was opened when there was little room left.
+    2. one that has carried data, but none for ``idle`` seconds: a client that sent one byte cannot
+    keep a place indefinitely; 3. with ``even_shares``, for holders who need not keep their peers
+       waiting to occupy places: the newest connection of the holder with the most connections, if
+       that holder then still has at least as many as the newcomer.
 
     Of the first two kinds it is the one that has been silent longest among those of the holder with
     the most connections, but never one of a holder who has fewer than the newcomer. If there is
@@ -206,8 +207,8 @@ class Budget:
     share (``each``), one of its own connections of the first two kinds makes room.
 
     Args:
-        total: connections at once.
-        each: connections at once of one holder; ``None`` for no limit but ``total``.
+        total: the maximum number of connections.
+        each: the maximum number of connections of one holder; ``None`` for no limit but ``total``.
         what: the name of the budget in messages: *connections*, *peer connections*.
         patience: seconds that a connection must have waited before a newcomer may take its place.
         idle: seconds without data in either direction, likewise, of one that has carried data
@@ -216,7 +217,7 @@ class Budget:
         descriptors: file descriptors of one connection; there are fewer connections where the
             process may not open enough (:mod:`hybridkex.net.descriptors`),
         fewest: but not fewer than this, which one peer needs.
-        freed: called when a place has become free.
+        freed: called when a place becomes free.
     """
 
     def __init__(  # noqa: PLR0913  # keywords with defaults
@@ -247,7 +248,7 @@ class Budget:
 
     @property
     def total(self) -> int:
-        """Connections at once, as far as the process has descriptors for them."""
+        """The maximum number of connections, limited by the descriptors of the process."""
         room = room_for(self._total, each=self._descriptors, fewest=self._fewest)
         if room < self._logged_total:  # there are more servers than before
             self._logged_total = self._bounded()
@@ -311,8 +312,8 @@ class Budget:
         )
 
     def _surplus(self, own: int) -> Connection | None:
-        """The newest connection of the holder who has the most, where a newcomer who has ``own``
-        may take it."""
+        """The newest connection of the holder with the most connections, if a newcomer with ``own``
+        connections may replace it."""
         if not self._even_shares:
             return None
         most = max(self._held.values(), key=len, default={})

@@ -169,7 +169,7 @@ async def ask(source: Callable[[], Awaitable[T]]) -> T:
         raise
     except BaseException as error:
         found = list(leaves(error))
-        closed = _current_task() is not task  # GeneratorExit: nobody runs us any more
+        closed = _current_task() is not task  # GeneratorExit: the coroutine is being closed
         if closed or any(isinstance(one, KeyboardInterrupt | SystemExit) for one in found):
             raise
         ours = [one for one in found if isinstance(one, cancellation)] if is_cancelled() else []

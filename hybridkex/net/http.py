@@ -1,7 +1,7 @@
 """The HTTP/1.1 server of every port that speaks HTTP, over any trio stream.
 
-h11 parses and serialises the protocol; this file does input and output, the limits, and what RFC
-9110 and RFC 9112 leave to a server. ``docs/adr/0008-http.md`` explains why it is not a framework.
+h11 parses and serialises the protocol; this module does the I/O, the limits, and the requirements
+of RFC 9110 and RFC 9112 for servers. ``docs/adr/0008-http.md`` explains why it is not a framework.
 
 A response is one send, headers and body together: in two sends, Nagle's algorithm and delayed
 acknowledgements would cost 40 ms.
@@ -34,16 +34,16 @@ _LINES: Final = BoundedLog(LOG)
 """Rate-limited, because any client may cause these lines."""
 
 PLAIN_CONNECTIONS: Final = 64
-"""Connections at once to a port without authentication. Once there are as many, each newcomer takes
-the place of the one that has been silent longest, at once: a scraper sends its request when it
-connects and reads what it asked for, so it is through before 64 others have come."""
+"""The maximum number of connections to a port without authentication. Above it, each new connection
+immediately replaces the one that has been silent longest: a scraper sends its request when it
+connects and reads the response, so it is served before 64 others have connected."""
 LINGER_SECONDS: Final = 2.0
 LINGER_SILENCE: Final = 0.5
 LINGER_BYTES: Final = 1 << 22
 """Bytes read and discarded after a refused request, so that the client sees the response and not a
 reset (RFC 9112 section 9.6)."""
 MAX_PIECES: Final = 4096
-"""Most chunks of a body: each costs us more than the client."""
+"""The maximum number of chunks of a body: each costs us more than the client."""
 _EMPTY_LINES: Final = b"\r\n"
 """Empty lines before a request, which some clients send, are ignored (RFC 9112 section 2.2)."""
 ANY: Final = "*"
@@ -113,7 +113,7 @@ class HttpLimits:
     max_body: int = 1 << 17
     max_headers: int = 1 << 14
     max_requests: int = 100_000
-    """Most requests on one connection, which is then closed."""
+    """The maximum number of requests on one connection, which is then closed."""
     idle: float = 60.0
     """Time that a connection may wait for its next request."""
     request: float = 10.0
@@ -121,8 +121,8 @@ class HttpLimits:
     handler: float = 30.0
     """Time for the handler of a request."""
     pipelining: bool = True
-    """Whether a connection goes on whose client sends a request before it has read the answer to
-    the one before (RFC 9112 section 9.3.2); otherwise that answer is the last."""
+    """Whether pipelining is supported: a client may send a request before it has read the previous
+    response (RFC 9112 section 9.3.2); otherwise that response is the last one."""
 
     def __post_init__(self) -> None:
         for one in fields(self):
@@ -219,7 +219,8 @@ def http_supervisor(
             limits or HttpLimits(pipelining=False),
             closing,
             connection.waiting,
-            # A page of metrics is lost to nobody: who does not read it makes room, too.
+            # A page of metrics can be requested again: a client that does not read it can be
+            # evicted, too.
             partial(connection.waiting, unread=True),
         )
 

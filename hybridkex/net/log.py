@@ -11,7 +11,7 @@ BURST: Final = 20
 
 SERVED_RATE: Final = 5.0
 SERVED_BURST: Final = 200
-"""For peers that are served although nobody knows who they are: the lines of ordinary use."""
+"""The limit for routine lines about unauthenticated peers."""
 
 
 class BoundedLog:

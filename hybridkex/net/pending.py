@@ -1,9 +1,9 @@
 """Pending connections: accepted, and waiting for a place to be served.
 
-The kernel's accept queue (listen(2)) is first in, first out, whoever fills it. So a server accepts
-at once and chooses the next connection itself: connections are grouped by client address, and the
-addresses take turns. A pending connection costs a descriptor and a few kilobytes; no task runs for
-it and nothing is read from it.
+The kernel's accept queue (listen(2)) is first in, first out, even if one client fills it. So a
+server accepts at once and chooses the next connection itself: connections are grouped by client
+address, and the addresses take turns. A pending connection costs a descriptor and a few kilobytes;
+no task runs for it and nothing is read from it.
 """
 
 import math
@@ -16,7 +16,8 @@ from hybridkex.net.budget import Budget, Connection
 from hybridkex.net.descriptors import share
 
 WAITING: Final = 2048
-"""Most pending connections of a server, as far as there are descriptors."""
+"""The maximum number of pending connections of a server; fewer if there are not enough
+descriptors."""
 HANDSHAKES: Final = 128
 """Places for connections that have not yet authenticated and are being served."""
 ACCEPTED_BETWEEN: Final = 200
@@ -80,12 +81,12 @@ class PendingConnections(Generic[T]):
         return number
 
     def listen(self) -> None:
-        """Sort those silent connections anew that have sent something or have ended."""
+        """Reclassify silent connections that have sent something or have ended."""
         for key, _ in self._selector.select(0):
             self.heard(key.data)
 
     def heard(self, connection: Connection) -> None:
-        """Sort a connection anew that has sent something."""
+        """Reclassify a connection that has sent something."""
         if connection in self._watched:
             self._unwatch(connection)
             self._speaking.put(connection, self._silent.remove(connection))
@@ -133,8 +134,9 @@ class PendingConnections(Generic[T]):
     def crowded_out(self) -> tuple[Connection, T] | None:
         """The connection to close, if more are pending than allowed.
 
-        It is of the address that has the most connections, places included (as they were when it
-        last had a connection more or fewer here): a silent one if there is one, and the oldest.
+        It belongs to the address with the most connections, places included (as counted when its
+        number of pending connections last changed): the oldest silent one if there is one,
+        otherwise the oldest.
         """
         return self.remove() if len(self) > self.total else None
 

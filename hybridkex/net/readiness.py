@@ -1,8 +1,8 @@
-"""Sockets that are called when they are ready: one task watches all of them.
+"""Callbacks for ready sockets: one task watches all of them.
 
-A task for each direction of each connection costs several times what the kernel takes for a short
-message. Here a socket is registered once, and one wake-up of the task serves every socket that is
-ready then.
+A task for each direction of each connection costs several times as much as the kernel's work for a
+short message. Here a socket is registered once, and one wake-up of the task serves every socket
+that is ready then.
 
 No connection keeps another waiting for longer than one read: after each read of a socket that
 carries bulk data, those that do not are looked at again, and the bulk ones take turns.

@@ -18,7 +18,8 @@ class Carrier(Protocol):
 
     @property
     def socket(self) -> Any:
-        """A socket, or what answers ``fileno``, ``getpeername`` and ``getsockopt`` for it."""
+        """A socket, or an object with its methods ``fileno``, ``getpeername`` and
+        ``getsockopt``."""
 
 
 def has_unread(transport: Carrier | None) -> bool:

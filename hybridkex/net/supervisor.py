@@ -5,10 +5,9 @@ It accepts, runs a handler for each connection in a task of its own, and keeps t
 - **No connection ends another.** Whatever exception leaves a handler, alone or in a group, ends
   its own connection and becomes one log line. Only cancellation and ``KeyboardInterrupt`` pass.
 - **Number, time and delay are bounded.** A connection is accepted at once and waits for a place
-  (:mod:`hybridkex.net.pending`); places go to the addresses in turn, so that an address that
-  opens thousands of connections keeps the others waiting for no more than one place. There is a
-  deadline for its authentication; then it moves to the budget of its kind
-  (:mod:`hybridkex.net.budget`).
+  (:mod:`hybridkex.net.pending`); places go to the addresses in turn, so that an address that opens
+  thousands of connections delays the others by no more than one place. There is a deadline for its
+  authentication; then it moves to the budget of its kind (:mod:`hybridkex.net.budget`).
 - **A temporary fault has no lasting effect.** While the system has no descriptors or no memory
   for another connection (accept(2): EMFILE, ENFILE, ENOBUFS, ENOMEM) the accept loop waits and
   retries, and logs it at a bounded rate. It also rests when a handler has failed for such a reason:

@@ -1,4 +1,4 @@
-"""Calls of many tasks, carried out in groups.
+"""Calls of many tasks, executed in groups.
 
 While one group is carried out, the calls that arrive wait and form the next one. So a store that
 must flush its disk before it answers flushes once for a group, and nobody waits for a timer.

@@ -1,4 +1,4 @@
-"""Several key sources as one: in order of preference, or all of them at once."""
+"""Several key sources as one: in order of preference, or combined."""
 
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -43,11 +43,11 @@ def _same_saes(sources: Sequence[KeySource]) -> tuple[str, str]:
 
 
 class FailoverSource:
-    """Several sources in order of preference: the first one that gives a key.
+    """Several sources in order of preference: the first one that returns a key is used.
 
-    An error of one source ends no call as long as another source may have the key. A source that
-    was unavailable or too slow is asked last for ``retry_after`` seconds. A named key can only be
-    at a source whose KMEs are in the name; there may be several, such as a KME and a pool filled
+    An error of one source does not fail a call as long as another source may have the key. A source
+    that was unavailable or too slow is asked last for ``retry_after`` seconds. A named key can only
+    be at a source whose KMEs are in the name; there may be several, such as a KME and a pool filled
     from it.
     """
 
@@ -66,7 +66,7 @@ class FailoverSource:
         self._of_keys = BoundedLog(LOG)  # a peer may name keys that no source has
 
     async def get_key(self) -> QkdKey:
-        """The first key that a source gives. Raises the last source's error if none does."""
+        """The first key that a source returns. Raises the last source's error if none does."""
         return await self._first(range(len(self._sources)), lambda source: source.get_key())
 
     async def get_key_with_id(self, name: KeyReference) -> QkdKey:

@@ -29,7 +29,7 @@ In the presentation language of RFC 9846 section 3::
     } QkdContext;                         /* context */
 
 A key for a key update (``docs/fresh-keys.md``) has the same identity and a context of its own:
-there the drawing side is whichever starts the update::
+there the side that starts the update requests the key::
 
     struct {
         opaque label[11] = "hkx-qkd upd";
@@ -62,7 +62,8 @@ def as_psk(key: QkdKey) -> ExternalPsk:
     """The PSK derived from a key; its identity names every part of the key.
 
     Raises:
-        KeySourceUnavailable: the source gave a key that is too short or a name that is too long.
+        KeySourceUnavailable: the source returned a key that is too short or a name that is too
+            long.
     """
     return _psk(
         key, lambda: context_of(key.name, master_sae=key.master_sae, slave_sae=key.slave_sae)
@@ -96,7 +97,7 @@ def _psk(key: QkdKey, context: Callable[[], bytes]) -> ExternalPsk:
     try:
         return ExternalPsk(identity=identity_of(key.name), key=key.key, context=context())
     except ConfigError as error:
-        raise KeySourceUnavailable(f"the key source gave an unusable key: {error}") from None
+        raise KeySourceUnavailable(f"the key source returned an unusable key: {error}") from None
 
 
 def identity_of(name: KeyReference) -> bytes:

@@ -1,4 +1,4 @@
-"""The interface of key sources, and the QKD keys that they give.
+"""The interface of key sources, and the QKD keys that they return.
 
 The terms are those of ETSI GS QKD 014: an *SAE* is the application that uses keys, a *KME* delivers
 them. Of the two SAEs, the *master* draws a new key from its KME and tells the *slave* the key's ID,
@@ -55,7 +55,7 @@ links, in the order of combination."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QkdKey:
-    """A key that two SAEs share and that is not given out again."""
+    """A key that two SAEs share and that is not delivered again."""
 
     name: KeyReference
     master_sae: str
@@ -78,7 +78,7 @@ class SourceStatus:
     """The stock of a source."""
 
     stored: int
-    """Number of keys that :meth:`KeySource.get_key` could give now."""
+    """The number of keys that :meth:`KeySource.get_key` could return now."""
     capacity: int
     """Maximum of :attr:`stored`."""
     key_bits: int

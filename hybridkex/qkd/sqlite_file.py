@@ -15,7 +15,7 @@ LOCK_SECONDS: Final = 0.1
 
 _LOG: Final = "-wal"
 _BESIDE: Final = (_LOG, "-journal", "-shm")
-"""Files that SQLite takes for a part of the database."""
+"""The suffixes of files that SQLite treats as part of the database."""
 
 
 class FileInUse(ConfigError):

@@ -1,4 +1,4 @@
-"""The key database of a KME: what every implementation of it does, and how it encrypts.
+"""The key database of a KME: the code that all implementations share, and the encryption at rest.
 
 A key is in one of three tables::
 

@@ -704,7 +704,7 @@ async def test_a_connection_that_lasts_renews_its_keys(tunnel: Tunnel, kmes: Kme
         ('[[connect]]\nlocal="h:1"\nremote="h:1"\nname=["a"]\n', "name takes one value"),
         (
             '[[listen]]\nlocal="h:1"\ntarget="h:1"\nallow=["a"]\n',
-            "configure whom to trust: ca, pin or known_peers",
+            "configure the trusted authorities or keys: ca, pin or known_peers",
         ),
         ('[[listen]]\nlocal="h:1"\ntarget="h:1"\n', "a server must authenticate itself"),
         ('[[listen]]\nlocal="h:1"\ntarget="h:1"\nsocket_mode="9"\n', "three octal digits"),
@@ -933,7 +933,7 @@ async def test_no_memory_is_no_internal_error(
                 assert await stream.receive_some() == b""
         await trio_until(lambda: "out: a local program: this machine" in caplog.text)
         nursery.cancel_scope.cancel()
-    assert "cut: this machine gives the program no more memory" in caplog.text
+    assert "cut: there is no more memory for the program" in caplog.text
     assert "internal error" not in caplog.text
 
 

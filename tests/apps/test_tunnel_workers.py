@@ -355,7 +355,7 @@ async def test_workers_that_fail(
     [
         (OSError(errno.EMFILE, "Too many open files"), "Too many open files; raise the limit"),
         (OSError(errno.EAGAIN, "Resource temporarily unavailable"), "Resource temporarily"),
-        (RuntimeError("can't start new thread"), "starts no more threads"),
+        (RuntimeError("can't start new thread"), "no more threads can be started"),
         (MemoryError(), "no more memory"),
     ],
 )

@@ -180,7 +180,7 @@ FAULTS: tuple[tuple[tuple[str, ...], str], ...] = (
     ((*LISTEN, *SERVER, "--groups", "kyber"), "unknown group 'kyber'"),
     (
         (*LISTEN, *SERVER, "--require-client-cert"),
-        "--require-client-cert needs to know whom to trust",
+        "--require-client-cert needs trusted authorities or keys",
     ),
     (("send", "text", "127.0.0.1", "--retries", "-1"), "--retries must not be negative"),
     ((*RECEIVE, "0", "--max-connections", "0"), "--max-connections must be at least 1"),

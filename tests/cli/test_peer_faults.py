@@ -26,7 +26,7 @@ PSK = ("--psk", f"site:{KEY}")
 CA = ("--ca", "ca.pem")
 FAULTS: tuple[tuple[tuple[str, ...], tuple[str, ...], str, str], ...] = (
     # options of the server, of the client, what the client says, what the server says
-    (MUTUAL, CA, "it demands a certificate, and got none", "the client sent no certificate"),
+    (MUTUAL, CA, "it requires a certificate, and got none", "the client sent no certificate"),
     (
         MUTUAL,
         (*CA, "--cert", "other/cert.pem", "--key", "other/key.pem"),
@@ -51,7 +51,12 @@ FAULTS: tuple[tuple[tuple[str, ...], tuple[str, ...], str, str], ...] = (
         "which is not pinned",
         "certificate_unknown: it refuses our certificate",
     ),
-    (PLAIN, (*CA, *PSK), "the server did not select one", "too weak for it: no PSK"),
+    (
+        PLAIN,
+        (*CA, *PSK),
+        "the server did not select one",
+        "requires more than we negotiated: a PSK",
+    ),
     (PSK, CA, "no group, cipher suite, signature algorithm or PSK in common", "offers none"),
     (
         PSK,
@@ -67,7 +72,7 @@ FAULTS: tuple[tuple[tuple[str, ...], tuple[str, ...], str, str], ...] = (
         "no group in common",
     ),
     (PLAIN, (*CA, "--groups", "x25519"), "no group, cipher suite", "no group in common"),
-    ((*PLAIN, "--fresh-keys", "peer"), CA, "no fresh keys", "fresh keys"),
+    ((*PLAIN, "--fresh-keys", "peer"), CA, "fresh keys", "fresh keys"),
 )
 
 

@@ -397,7 +397,7 @@ async def test_while_one_kme_is_full_the_session_waits_and_no_key_is_lost(
                 await event.wait()
             await trio.sleep(3.0)
             assert "no block is begun" in caplog.text
-            assert caplog.text.count("light is late") == (full == "alice")
+            assert caplog.text.count("light is delayed") == (full == "alice")
             room.set()
             for event in done.values():
                 await event.wait()

@@ -260,7 +260,7 @@ def test_record_and_distil_as_commands(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["qkd", "distil", *files]) == 0
     capsys.readouterr()
     assert main(["qkd", "distil", files[0], files[0]]) != 0
-    assert "one Bob's" in capsys.readouterr().err
+    assert "the other Bob's" in capsys.readouterr().err
     assert main(["qkd", "distil", "examples/qkd-data/alice.npz"]) != 0
     assert "--listen or --connect" in capsys.readouterr().err
 

@@ -416,7 +416,7 @@ async def test_the_kme_id_is_confirmed_before_any_request(
     assert fake.requests == []
     async with client_for(kme_id_rule=IdRule.SAN_URI) as alice:
         await alice.enc_keys("bob")
-        with pytest.raises(KeySourceUnavailable, match="calls itself"):
+        with pytest.raises(KeySourceUnavailable, match="status has the ID"):
             await alice.status("bob")
     async with client_for(kme_id="urn:kme", kme_id_rule=IdRule.SAN_URI) as alice:
         assert (await alice.status("bob")).source_kme_id == "KME/A"

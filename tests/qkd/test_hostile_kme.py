@@ -160,7 +160,7 @@ async def test_a_pool_takes_no_key_twice(kme: Kme, tmp_path: Path) -> None:
             FilePool.open(tmp_path / "pool", key_file=tmp_path / "key", names=names) as pool,
         ):
             for _ in range(2):
-                with pytest.raises(KeySourceError, match="an ID that it had given before"):
+                with pytest.raises(KeySourceError, match="an ID that it had returned before"):
                     await draw_into_pool(
                         pool, client, 2, announce=lambda ids: announced.append(list(ids))
                     )
@@ -231,8 +231,8 @@ CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
         (answer("301 Moved", b"Location: https://b.example/sae"),
          "301, a redirect to https://b.example/sae, which is not followed; configure the URL"),
         (answer("307 Moved", b"Location: /login\x1b[2J"), r"a redirect to /login\x1b[2J,"),
-        (answer(body=bytes(50))[:-9], "ended the connection before its answer was complete"),
-        (CHUNKED + b"5\r\n{", "ended the connection before its answer was complete"),
+        (answer(body=bytes(50))[:-9], "ended the connection before its response was complete"),
+        (CHUNKED + b"5\r\n{", "ended the connection before its response was complete"),
         (CHUNKED + b"2 ;a\r\n{}\r\n0\r\n\r\n", "did not answer in HTTP: illegal chunk header"),
         (answer("502 Bad Gateway", body=b"<html>"), "502, as a proxy does whose KME is down"),
         (answer("503 No", body=b'{"message":"Error"}'), "Error; no key may be ready: try again"),

@@ -1,8 +1,8 @@
-"""Complete files on their way to their names: flushed in groups, then named, then flushed again.
+"""Storing complete files: a group of files is flushed, then named, then flushed again.
 
-A file gets its name when its data are on disk, and is called stored when its name is there too.
-Both flushes are shared by a group of files (:mod:`~hybridkex.apps.transfer.durable`). Small files
-wait in a folder that belongs to this group alone and is locked, so that what a killed process
+A file gets its name when its data are on disk, and is reported as stored when its name is on disk,
+too. Both flushes are shared by a group of files (:mod:`~hybridkex.apps.transfer.durable`). Small
+files wait in a folder that belongs to this group alone and is locked, so that what a killed process
 leaves there can be removed.
 """
 
@@ -41,7 +41,7 @@ _PIECE: Final = 1 << 20
 
 
 class Settled(NamedTuple):
-    """What became of an offer.
+    """The outcome of an offer.
 
     Args:
         offer: the offer.
@@ -115,7 +115,7 @@ class Arrivals:
     def write(self, offer: Offer, whole: Whole, handles: Handles) -> None:
         """Verify and write a small file.
 
-        Raises ``NotStored``: the digest differs, or the disk is full, and the like.
+        Raises ``NotStored``: the digest differs, the disk is full, or similar.
         """
         if sha256(whole.content).digest() != whole.sha256:
             raise NotStored(f"{shown(offer.path)}: the received data differ from what was sent")
@@ -305,8 +305,8 @@ class Arrivals:
                         os.unlink(path[-1], dir_fd=parent)
 
     def close(self) -> list[Offer]:
-        """Drop what has not been settled, and return it. Large files are kept for the next
-        attempt."""
+        """Discard the files that have not been settled, and return them. Large files are kept for
+        the next attempt."""
         dropped = [one.offer for one in self._ready]
         self._close_files(self._ready)
         self._ready, self._made, self._touched = [], [], {}

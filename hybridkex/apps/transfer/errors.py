@@ -13,7 +13,7 @@ _WORDS: Final = {
     errno.EPERM: "not permitted",
     errno.EROFS: "the file system is read-only",
     errno.ELOOP: "a symbolic link is in the way",
-    errno.ENOTDIR: "something that is not a folder is in the way",
+    errno.ENOTDIR: "something that is not a folder has this name",
     errno.EEXIST: "something else has this name",
     errno.EISDIR: "a folder is in the way",
     errno.ENAMETOOLONG: "the file system does not accept a name or path of this length",
@@ -23,7 +23,7 @@ _WORDS: Final = {
     errno.ENFILE: "this machine has too many open files",
     errno.EBUSY: "a file system is mounted under this name; unmount it, or send under another name",
     errno.EIO: "the disk reports an error",
-    errno.ENOSYS: "the file system does not have this operation",
+    errno.ENOSYS: "the file system does not support this operation",
     errno.ENOLCK: "the file system has no locks, which keep two transfers of one file apart",
     errno.EXDEV: "its folder is on another file system than the receiver's folder; receive into "
     "that folder itself",

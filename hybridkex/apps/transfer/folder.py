@@ -1,4 +1,4 @@
-"""The receiving folder: what is there, and where an arriving file goes.
+"""The receiving folder: its content, and the place of an arriving file.
 
 A file appears under its name once it is complete, verified and on disk
 (:mod:`~hybridkex.apps.transfer.arrivals`). Until then it is in one hidden folder on the same file
@@ -47,7 +47,8 @@ if TYPE_CHECKING:
     from hashlib import _Hash
 
 _OPEN_FILES: Final = 2048
-"""Complete large files, of all connections together, that may wait open for their names."""
+"""The maximum number of complete large files, of all connections together, that wait open for their
+names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,7 @@ class Present:
     size: int
     complete: bool
     unchanged: bool = False
-    """It has the size and the date of the offered file, which is enough."""
+    """Whether it has the size and the date of the offered file, which counts as unchanged."""
     stamp: tuple[int, ...] = ()
     """Identifies the file, to detect changes."""
 
@@ -66,7 +67,7 @@ NOTHING: Final = Present(size=0, complete=False)
 
 
 def not_stored(error: OSError | FolderGone, path: tuple[str, ...]) -> NotStored:
-    """An error of the operating system, as what is said of a file."""
+    """An error of the operating system as the reason why a file is not stored."""
     if isinstance(error, FolderGone):
         return NotStored(
             f"{shown(path)}: the receiver's folder was removed or moved; it is used again once "
@@ -90,10 +91,10 @@ def taken(path: tuple[str, ...]) -> str:
 
 
 class UnsettledNames:
-    """Names of files and folders that may not be on disk yet, of all connections.
+    """Names of files and folders, of all connections, that may not be on disk yet.
 
-    What has such a name does not count as there: its group may still fail, and remove a file.
-    Afterwards the name stays here until another group has stored something under it.
+    An entry with such a name does not count as stored: its group may still fail and remove the
+    file. In that case the name stays here until another group has stored something under it.
     """
 
     def __init__(self) -> None:
@@ -171,7 +172,7 @@ class Folder:
         return Handles(self._path)
 
     def close(self) -> None:
-        """Remove what faults have left without a name, and the folder for it if it is empty and all
+        """Remove files that faults left without a name, and their folder if it is empty and all
         names are on disk."""
         self._remove_abandoned()
         with contextlib.suppress(OSError, FolderGone), self.open() as handles:
@@ -202,7 +203,9 @@ class Folder:
             there = _status(path, handles)
             if there is not None:
                 if not stat.S_ISREG(there.st_mode):
-                    raise NotStored(f"{shown(path)}: something that is not a file is there")
+                    raise NotStored(
+                        f"{shown(path)}: there is something of this name that is not a file"
+                    )
                 if path in self.names:
                     there = None
                 elif there.st_size != offer.size:

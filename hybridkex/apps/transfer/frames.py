@@ -83,7 +83,7 @@ class Frames:
             data = await self.stream.receive_some()
             if not data:
                 if self._data_left or self._head or self._missing:
-                    raise wire.ProtocolError("the end in the middle of a frame")
+                    raise wire.ProtocolError("the stream ended in the middle of a frame")
                 return False
             try:
                 self._parse(memoryview(data))

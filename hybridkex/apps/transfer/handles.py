@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class FolderGone(Exception):
-    """The receiving folder is not there, or is another one now."""
+    """The receiving folder does not exist, or has been replaced."""
 
 
 def open_folder(path: str, parent: int) -> int:

@@ -27,12 +27,12 @@ VERSION: Final = 2
 DATA: Final = 0
 HEADER: Final = 5
 CHUNK: Final = 1 << 20
-"""Most bytes of file data in a frame."""
+"""The maximum number of file data bytes in a frame."""
 WHOLE: Final = 1 << 18
-"""Most bytes of a file that travels in one frame."""
+"""The maximum size of a file that is sent in one frame, in bytes."""
 MAX_MESSAGE: Final = 1 << 16
 WINDOW: Final = 2048
-"""Most offers that may await their outcome at once."""
+"""The maximum number of offers without an outcome."""
 BEAT: Final = 15
 """The longest pause between two messages of a receiver, in seconds."""
 
@@ -96,7 +96,8 @@ class Offers:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Have:
-    """Receiver: I have ``size`` bytes of this file; send the digest of as many of yours."""
+    """Receiver: it has ``size`` bytes of this file; the sender sends the digest of as many
+    bytes."""
 
     n: int
     size: int
@@ -151,7 +152,7 @@ class Drop:
 
 
 class How(StrEnum):
-    """How a receiver came to have a file."""
+    """How a receiver got a file."""
 
     NEW = "new"
     """From this transfer, verified."""
@@ -275,7 +276,7 @@ _ESCAPED: Final = 12
 
 
 def offers(given: Iterable[Offer]) -> Iterator[Offers]:
-    """Offers with numbers in a row, in as few messages as may be."""
+    """Offers with consecutive numbers, in as few messages as possible."""
     folder: tuple[str, ...] = ()
     first, checksum, room = 0, False, 0
     entries: list[Entry] = []

@@ -1,4 +1,4 @@
-"""Files that are not yet under their names: incomplete ones, and complete ones.
+"""Files without their final names, incomplete and complete.
 
 A large file is written under a name that is derived from its path, and locked: a later transfer
 resumes there, and two transfers of one file do not interfere. It is never readable by more users

@@ -28,11 +28,11 @@ _HELLO_WITHIN: Final = 30.0
 _AHEAD: Final = 2 << 20
 """Bytes to read ahead of the disk."""
 _STEPS: Final = 40
-"""Connections whose disk work is done at once,"""
+"""The maximum number of connections with parallel disk work,"""
 _FEWEST_STEPS: Final = 4
-"""or fewer, where the process may open few files;"""
+"""or fewer, if the process may open few files;"""
 _STEP: Final = 16
-"""and the folders that each of them has open."""
+"""and the number of folders that each of them has open."""
 _MESSAGE: Final = 1 << 10
 """Bytes that a message counts, beside its content."""
 
@@ -121,7 +121,7 @@ class _Conversation:
         self._unread: list[Received] = []
         self._ahead = 0
         self._ending: Exception | None = None
-        """Why nothing more can be read; for after what was read."""
+        """Why nothing more can be read; reported after the data read so far."""
         self._news = trio.Event()
         self._room = trio.Event()
 

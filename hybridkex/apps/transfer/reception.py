@@ -114,7 +114,7 @@ class Reception:
 
     @property
     def must_settle(self) -> bool:
-        """Whether as much is waiting as may."""
+        """Whether the limit of waiting files is reached."""
         return self._arrivals.is_full
 
     @property
@@ -138,7 +138,7 @@ class Reception:
         return self._take_answers()
 
     def settle(self) -> Answers:
-        """Flush and name all files that are complete."""
+        """Flush all complete files and give them their names."""
         self._settle()
         return self._take_answers()
 
@@ -225,7 +225,7 @@ class Reception:
             raise wire.ProtocolError("too many offers")
         for offer in handles.each(offers.each()):
             if offer.n in self._offers:
-                raise wire.ProtocolError("one number for two offers")
+                raise wire.ProtocolError("two offers have the same number")
             try:
                 self._look(offer, handles)
             except (NotStored, UnsafeName) as error:
@@ -283,10 +283,10 @@ class Reception:
     def _take_begun(self, n: int) -> _Offered:
         """The offer of a file that begins."""
         if self._current is not None:
-            raise wire.ProtocolError("one file begins before another has ended")
+            raise wire.ProtocolError("a file begins before the previous one has ended")
         offered = self._forget(n)
         if offered is None or not offered.compared:
-            raise wire.ProtocolError(f"file {n} begins, which was not requested")
+            raise wire.ProtocolError(f"the sender begins file {n}, which was not requested")
         return offered
 
     def _whole(self, whole: wire.Whole, handles: "Handles") -> None:
@@ -343,7 +343,7 @@ class Reception:
     def _end(self, end: wire.End, handles: "Handles") -> None:
         current = self._current
         if current is None or current.n != end.n:
-            raise wire.ProtocolError("the end of a file that was not begun")
+            raise wire.ProtocolError("the end of a file that had not begun")
         self._write(current)
         if (part := current.part) is not None:
             try:
@@ -364,7 +364,7 @@ class Reception:
         self._write(current)  # kept for the next attempt
         self._current = None
         if current.part is not None:
-            self._report(self._progress.end, current.part.offer, "the sender abandoned it")
+            self._report(self._progress.end, current.part.offer, "the sender cancelled it")
             current.part.close()
 
 

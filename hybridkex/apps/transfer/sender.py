@@ -96,19 +96,20 @@ async def send_items(
     """Send everything; data stored before an interruption is not sent again.
 
     Args:
-        items: files and folders, each folder before its content. They are taken in a worker thread
-            when they are offered, and not kept.
-        retries: how many connections in a row may end without a file settled or a megabyte sent
-            that was not sent before.
-        patience: seconds in which a receiver that says that it is alive must settle a file, ask for
-            something or take data, and one second more for each 4 MB of the largest file that is
-            under way, which it may be reading and hashing.
+        items: files and folders, each folder before its content. They are read in a worker thread
+            when they are offered, and not stored.
+        retries: how many consecutive connections may end without a file completed or a new megabyte
+            sent.
+        patience: seconds within which a receiver that reports that it is alive must complete a
+            file, request something or accept data, plus one second for each 4 MB of the largest
+            file in transfer, which it may be reading and hashing.
         checksum: compare the content of a file that the receiver has, even if it has the size and
             the date of the file to send.
 
     Raises:
-        ConnectionLost: that many did, or the first did before the receiver sent a message.
-        OSError, trio.BrokenResourceError: the first connection could not be made.
+        ConnectionLost: the retries are used up, or the first connection broke before the receiver
+            sent a message. OSError, trio.BrokenResourceError: the first connection could not be
+            made.
         ProtocolError: the other end is not a receiver.
     """
     work = _Transfer(items, progress, patience, checksum=checksum)
@@ -160,7 +161,7 @@ def _worth_a_try(error: trio.BrokenResourceError) -> str:
 
 
 class _Transfer:
-    """The state that outlives a connection: what is left to be offered, and the outcomes so far."""
+    """The state across connections: the items left to offer, and the outcomes so far."""
 
     def __init__(
         self, items: Iterable[Item], progress: Progress, patience: float, *, checksum: bool
@@ -192,7 +193,7 @@ class _Transfer:
         return items
 
     def sent(self, n: int, position: int, count: int) -> None:
-        """So many bytes of a large file were sent, up to this position."""
+        """Record that bytes of a large file were sent, up to this position."""
         self.outcome.payload += count
         reached = self._reached.get(n, 0)
         if position > reached:
@@ -257,7 +258,7 @@ class _Connection:
         self._progress = progress
         self._patience = patience
         self._moved = trio.current_time()
-        """When the receiver last took data, requested something or settled a file."""
+        """When the receiver last accepted data, requested something or completed a file."""
         self._frames = Frames(stream)
         self._again = again
         """Items that an earlier connection has offered."""
@@ -286,14 +287,14 @@ class _Connection:
             watcher.cancel_scope.cancel()
 
     async def _watch_progress(self) -> None:
-        """End the connection of a receiver that is alive and does nothing."""
+        """End the connection of a receiver that is alive and makes no progress."""
         while True:
             largest = max((item.size for item in self._open.values()), default=0)
             limit = self._patience + largest / _HASHED
             if trio.current_time() >= self._moved + limit:
                 raise trio.BrokenResourceError(
-                    f"the receiver is alive and has done nothing for {limit:,.0f} s; see its log "
-                    "and its disk ('send --patience' waits longer)"
+                    f"the receiver is alive and has made no progress for {limit:,.0f} s; see its "
+                    "log and its disk ('send --patience' waits longer)"
                 )
             await trio.sleep(limit / _LOOKS)
 
@@ -343,17 +344,21 @@ class _Connection:
         """Take note of an answer. Raises ``ProtocolError`` if it is not allowed now."""
         match answer:
             case wire.Busy():
-                raise trio.BrokenResourceError("the receiver serves no more senders at once")
+                raise trio.BrokenResourceError(
+                    "the receiver has reached its limit of simultaneous senders"
+                )
             case wire.Have(n=n, size=size) as have if n in self._open and n not in self._compared:
                 if size > self._open[n].size:
-                    raise wire.ProtocolError("the receiver has more of a file than there is")
+                    raise wire.ProtocolError(
+                        "the receiver reports more bytes of a file than the file has"
+                    )
                 self._compared.add(n)
                 self._requests.append((n, have))
             case wire.Send(files=files):
                 for n, offset in files:
                     if n not in self._open or n in self._begun:
                         raise wire.ProtocolError(
-                            "the receiver asks for a file that was not offered"
+                            "the receiver requests a file that was not offered"
                         )
                     self._begun.add(n)
                     self._requests.append((n, offset))
@@ -367,7 +372,7 @@ class _Connection:
             case wire.Failed(n=n) if n in self._dropped:
                 self._dropped.discard(n)  # both sides abandoned it at once
             case memoryview():
-                raise wire.ProtocolError("the receiver sends data of a file")
+                raise wire.ProtocolError("the receiver sent file data")
             case other:
                 raise wire.ProtocolError(f"the receiver sent an unexpected {type(other).__name__}")
 
@@ -375,7 +380,9 @@ class _Connection:
         item = self._open.get(n)
         by_date = how is wire.How.UNCHANGED and not self._transfer.checksum
         if item is None or not (n in self._proved or (by_date and not item.folder)):
-            raise wire.ProtocolError("the receiver claims to have a file that it cannot have")
+            raise wire.ProtocolError(
+                "the receiver claims to have stored a file that it cannot have"
+            )
         self._close(n)
 
     def _close(self, n: int) -> Item:
@@ -475,7 +482,7 @@ class _Connection:
         if not offset:
             whole = sha256()
         elif offset != size:
-            raise wire.ProtocolError("the receiver asks for a part that it has not compared")
+            raise wire.ProtocolError("the receiver requests a part that it has not compared")
         self._progress.begin(item, offset)
         await self._frames.send(wire.Start(n=n))
         await self._send_data(n, item, file, whole, offset)

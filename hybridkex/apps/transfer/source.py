@@ -52,12 +52,12 @@ _KINDS = {
 def collect(paths: Sequence[Path], leave_out: _LeaveOut) -> Iterator[Item]:
     """Everything below the paths in the order of the walk: each folder before its content.
 
-    The paths themselves are looked at before this returns, and what is below them when it is its
-    turn, so that memory does not grow with the number of files. The disk is read: use the iterator
-    in a thread.
+    The paths themselves are examined before this returns, and their content during the iteration,
+    so that memory does not grow with the number of files. The disk is read: use the iterator in a
+    thread.
 
-    Links given as paths are followed. What cannot be sent is left out, and ``leave_out`` is called
-    with a line that names it: links inside a folder, devices, pipes, names that
+    Links given as paths are followed. Entries that cannot be sent are left out, and ``leave_out``
+    is called with a line that names them: links inside a folder, devices, pipes, names that
     :func:`~hybridkex.apps.transfer.names.check_path` refuses, what cannot be read.
 
     Raises:

@@ -33,9 +33,9 @@ class TunnelConfig:
         server_name: the name in the server's certificate, if not the host of ``forward``.
         bind: the local address of connections to ``forward``, ``None`` for any.
         allowed: the peer must have one of these verified names (DNS names, IP addresses and URIs in
-            the subjectAltName, never the common name) or keys (``sha256:`` and a pin); empty:
-            anyone whom the channel's configuration accepts.
-        max_connections: most connections at once; more are refused.
+            the subjectAltName, never the common name) or keys (``sha256:`` and a pin); empty: every
+            peer that the channel's configuration accepts.
+        max_connections: the maximum number of simultaneous connections; more are refused.
         handshake_timeout: seconds for a handshake.
         connect_timeout: seconds for connecting to ``forward``.
         idle_timeout: seconds without data in either direction after which a connection is cut;
@@ -43,7 +43,8 @@ class TunnelConfig:
         socket_mode: the permissions of ``local`` if it is a Unix socket.
         port_file: a file to write the TCP port of ``local`` to; ``None`` for none.
         json: log sessions as JSON.
-        sole: what of ``channel`` only one process can use, for a message; ``None`` for nothing.
+        sole: the part of ``channel`` that only one process can use, for a message; ``None`` for
+            none.
 
     Raises:
         ConfigError: a value is invalid.

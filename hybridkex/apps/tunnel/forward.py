@@ -1,12 +1,12 @@
 """Forwarding the bytes of one connection, in both directions.
 
-A socket that is ready is served without waiting (:mod:`hybridkex.net.readiness`): one receive, the
-engine on all that came, one send. No task runs for the data of a connection. What the far socket
-does not take waits, and the near one is not read meanwhile: a connection needs one buffer per
-direction, and back pressure reaches the sender.
+A socket that is ready is served without waiting (:mod:`hybridkex.net.readiness`): one receive, one
+pass of the engine over the data, one send. No task runs for the data of a connection. Data that the
+far socket does not accept waits, and the near one is not read meanwhile: a connection needs one
+buffer per direction, and back pressure reaches the sender.
 
-The end of one direction is passed on: FIN becomes close_notify and vice versa. A cut is passed on
-as a cut: both sockets are reset, so that neither program mistakes partial data for all of it.
+The end of one direction is forwarded: FIN becomes close_notify and vice versa. If a connection
+breaks, both sockets are reset, so that neither program mistakes partial data for complete data.
 """
 
 import os
@@ -61,8 +61,8 @@ async def forward(
         out: called with the number of bytes forwarded from near to far.
         back: called with the number of bytes forwarded from far to near.
         idle_timeout: seconds without data.
-        readiness: what watches the sockets.
-        activity: is told when data moves.
+        readiness: watches the sockets.
+        activity: records when data moves.
 
     Raises:
         ConnectionCut: one of the legs broke, or the connection was idle for too long.
@@ -110,7 +110,7 @@ class _Forwarding:
         if idle_timeout is None:
             await self._over.wait()
             return
-        # Looking again is cheaper than a deadline that each piece of data would move.
+        # Checking again is cheaper than a deadline that each piece of data would move.
         while not self.is_over:
             quiet_until = self.activity.at + idle_timeout
             if quiet_until <= trio.current_time():
@@ -134,7 +134,7 @@ class _Forwarding:
             self._reason = reason
 
     def fail(self, error: Exception) -> None:
-        """A fault of ours, or of this machine, which ends no other connection."""
+        """Handle a fault of this program or machine, which must not end other connections."""
         if self._error is None:
             self._error = error
         self.end()
@@ -155,12 +155,12 @@ class _End(Watched):
         # The direction that begins here.
         self._reading = True
         self._draining = False
-        """Whether what comes is dropped, behind close_notify."""
+        """Whether received bytes are discarded, after close_notify."""
         self._uncounted = 0
         self.input_ended = False
-        """Whether all data has come from here."""
+        """Whether all data from here has been received."""
         self.done = False
-        """Whether the direction that begins here is over."""
+        """Whether the direction that begins here has ended."""
         # What is sent to here.
         self.unsent = _NOTHING
         self._end_due = False
@@ -180,7 +180,7 @@ class _End(Watched):
         self.pass_on(data)
 
     def _end_of_socket(self) -> None:
-        """Nothing more comes from the socket."""
+        """Handle the end of the socket's data."""
         self._end_of_input()
 
     def send(self, data: memoryview | bytes | bytearray) -> None:
@@ -244,7 +244,7 @@ class _End(Watched):
         self._forwarding.give_up(f"{self._leg.what}: {broken(error)}")
 
     def pass_on(self, data: memoryview | bytes | bytearray) -> None:
-        """Send data that came from here to the other end."""
+        """Send data received here to the other end."""
         other = self._other
         other.send(data)
         if not other.full:
@@ -255,7 +255,7 @@ class _End(Watched):
         self._update()
 
     def sent(self) -> None:
-        """All that came from here is sent."""
+        """All data received here has been sent."""
         if self._uncounted:
             count, self._uncounted = self._uncounted, 0
             self._count(count)
@@ -325,7 +325,7 @@ class _End(Watched):
             self._emptied()
 
     def _emptied(self) -> None:
-        """Nothing waits any more."""
+        """All waiting data has been sent."""
         self._update()
         self._other.sent()
         if self._end_due:
@@ -333,7 +333,7 @@ class _End(Watched):
         self._check_end()
 
     def finish(self) -> None:
-        """Say that no more data comes, when all has been sent."""
+        """Signal the end of data once all data has been sent."""
         self._end_due = self.full
         if self._end_due or self._lost:
             return
@@ -342,7 +342,7 @@ class _End(Watched):
             self._other.passed_end()
 
     def passed_end(self) -> None:
-        """The other end has been told that no more data comes from here."""
+        """The other end has been told that the data from here has ended."""
         self.over()
 
     def _lose(self, error: Exception) -> None:
@@ -354,7 +354,7 @@ class _End(Watched):
         self._other.over()
 
     def _update(self) -> None:
-        """Watch the socket for what can be done now."""
+        """Watch the socket for the events that can be handled now."""
         reads = self._draining or (self._reading and not self._other.full and self._may_read)
         self._readiness.watch(self, (READ if reads else 0) | (WRITE if self.unsent else 0))
 
@@ -392,7 +392,7 @@ class _SecureEnd(_End):
             self._forwarding.fail(error)
 
     def start(self) -> None:
-        """Begin to read, after what has come with the handshake."""
+        """Begin to read, after the data that arrived with the handshake."""
         self._guard(self._take_events)
         self._update()
 
@@ -443,7 +443,7 @@ class _SecureEnd(_End):
     # --- sending
 
     def send(self, data: memoryview | bytes | bytearray) -> None:
-        """Encrypt and send data; it waits where there is not enough of a one-time pad."""
+        """Encrypt and send data; it waits if the one-time pad is too short."""
         if self._lost:
             return
         if not self._pipe.ready(len(data)):
@@ -470,8 +470,8 @@ class _SecureEnd(_End):
     def _lose(self, error: Exception) -> None:
         self._held = b""
         if self._closing and self._pipe.ended:
-            # A peer that has ended its direction may leave at once. All that it sent is here, and
-            # nothing reads our own close_notify (section 6.1).
+            # A peer that has ended its direction may close at once. All its data has been received,
+            # and nothing needs our close_notify (section 6.1).
             self._lost, self.unsent = True, _NOTHING
             self._update()
             self._other.passed_end()
@@ -486,7 +486,7 @@ class _SecureEnd(_End):
             super()._emptied()
 
     def _go_on(self) -> None:
-        """Go on with what has waited for a one-time pad."""
+        """Continue with data that waited for a one-time pad."""
         if self._held and not self.unsent:
             self._emptied()
         if not self.input_ended:

@@ -112,7 +112,7 @@ class TunnelServer:
 
     Args:
         metrics: the metrics to update.
-        listening: opens the listening sockets of a tunnel, or has them.
+        listening: opens the listening sockets of a tunnel, or returns existing ones.
         go: no connection is accepted before this event; ``None`` for at once.
     """
 
@@ -301,7 +301,7 @@ class TunnelServer:
         self._accepting.start_soon(self._accept, again)
 
     async def _open_endpoint(self, active: _ActiveConfig, budget: Budget) -> _Endpoint:
-        """Listen where a configuration says, with all that accepting takes.
+        """Listen at the address of a configuration, with everything needed to accept connections.
 
         Raises:
             ConfigError: that cannot be done.
@@ -326,7 +326,7 @@ class TunnelServer:
                     channel.require_client_certificate or channel.has_psk
                 ):
                     LOG.info("%s: clients are not authenticated", config.name)
-                # Shown at zero, so that a rate has a beginning.
+                # Exported at zero, so that Prometheus can compute a rate from the first increase.
                 counters = self._metrics.of(config.name)
                 active = _ActiveConfig(config, replace(channel, on_epoch=counters.epoch))
                 started = True
@@ -392,7 +392,7 @@ class _Connection:
         """Everything that has been opened, closed at the end."""
         self._channel: SecureStream[Any] | None = None
         self._log: Callable[..., object] = partial(connection.served.log, logging.INFO)
-        """At a bounded rate, unless a client is known."""
+        """The log for this connection, rate-limited until the client is known."""
 
     async def run(self) -> None:
         began = trio.current_time()
@@ -454,8 +454,8 @@ class _Connection:
     async def _establish(self) -> tuple[Leg, Leg]:
         """Open both legs, near and far.
 
-        A plain one is reset unless it ends in order: TLS shows a cut, and FIN, which the kernel
-        sends for a process that is killed, would look like the end of all data.
+        A plain one is reset unless it ends properly: TLS detects a truncation, but FIN, which the
+        kernel sends for a killed process, would look like the end of the data.
         """
         channel = self._live.channel
         keep_alive(self._accepted)

@@ -1,6 +1,7 @@
 """One worker of a tunnel service: serves the listening sockets that the service has opened.
 
-It obeys the service alone, over the control socket by which it was started, and ends with it.
+It takes orders only from the service, over the control socket with which it was started, and ends
+with it.
 """
 
 import json

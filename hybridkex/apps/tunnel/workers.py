@@ -4,7 +4,7 @@ The service opens the listening sockets and gives them to its workers, so that w
 free takes the next connection, and none is lost when a worker ends. Workers are started anew for
 each configuration: when all of them are ready, those of the old one accept no more connections and
 end with their last. A worker that ends by itself is replaced. All end with the service, however it
-ends: their control sockets do.
+ends, because their control sockets are closed.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ READY_SECONDS: Final = 60.0
 AGAIN_SECONDS: Final = 1.0
 """Seconds before a worker that ended is replaced."""
 MOST_AGAIN_SECONDS: Final = 30.0
-"""The same, if one after the other ends."""
+"""The same, if workers keep ending."""
 SURE_SECONDS: Final = 5.0
 """Seconds after the grace period until a worker that has not ended is killed."""
 CLOSE_SECONDS: Final = 5.0

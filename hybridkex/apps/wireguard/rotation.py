@@ -1,4 +1,4 @@
-"""The rotator: when the two ends agree on a pre-shared key, and what applies while that fails.
+"""The rotator: when the two ends agree on a pre-shared key, and what happens while that fails.
 
 The responder installs a new key first and confirms it, then the initiator installs it. A WireGuard
 handshake in between fails and is repeated within seconds, while the previous session lives for up

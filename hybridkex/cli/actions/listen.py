@@ -97,7 +97,7 @@ async def _serve_once(
 
 
 async def _serve(options: ListenOptions, stream: Stream, *, told: bool = True) -> None:
-    """``told``: what the keys rest on is printed."""
+    """``told``: whether the session is printed."""
     if told:
         report(stream.session, as_json=options.channel.json)
     try:

@@ -160,7 +160,7 @@ def _kept(options: DistilOptions, measured: list[Measured]) -> Iterator[Callable
 def _both(measured: list[Measured], settings: LinkSettings) -> Block:
     measured.sort(key=lambda one: one.intensity is None)
     if measured[0].intensity is None or measured[1].intensity is not None:
-        raise ConfigError("one of the two files must be Alice's and one Bob's")
+        raise ConfigError("one of the two files must be Alice's and the other Bob's")
     return distil(measured[0], measured[1], settings)[1]
 
 

@@ -65,7 +65,8 @@ def _listen_tunnel(options: ListenOptions) -> TunnelConfig:
     wanted = options.require_client_cert or bool(options.allow)
     if wanted and not options.channel.names_trust:
         raise ConfigError(
-            "to request certificates from clients, configure whom to trust: ca, pin or known_peers"
+            "to request certificates from clients, configure the trusted authorities or keys: ca, "
+            "pin or known_peers"
         )
     channel = partial(server_config, options.channel, require_client_certificate=wanted)
     return _tunnel(options, options.target, channel, allowed=frozenset(options.allow))

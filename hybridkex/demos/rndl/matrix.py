@@ -1,8 +1,8 @@
 """Which configurations are attacked by which adversaries, and the predicted outcomes.
 
 The prediction is this library's claim in one line: a connection can be decrypted if and only if
-*every* leg that its keys rest on is known. :meth:`Adversary.defeats` states it; the trial measures
-it.
+*every* leg, that is, every secret that its keys are derived from, is known.
+:meth:`Adversary.defeats` states it; the trial measures it.
 """
 
 from dataclasses import dataclass

@@ -70,12 +70,12 @@ def _head(trial: Trial, version: str) -> str:
         "<h1>Record now, decrypt later</h1>"
         f'<p class="soft">hybridkex {escape(version)}, {at}, {trial.seconds:.1f} s</p>'
         f'<p><span class="outcome{" bad" if wrong else ""}">{outcome}</span></p>'
-        f"{f'<ul>{complaint}</ul>' if wrong else ''}"
-        f"<p>Connections between two parties were recorded on the wire. Then {len(ADVERSARIES)} "
-        "adversaries of the future tried to read them, each in a process of its own, with copies "
-        f"of the recordings and nothing else but what is named. {read} of {cells} connections were "
-        "read. The claim under test: <b>a connection falls if and only if every leg that its keys "
-        "rest on is known.</b></p>"
+        f"{f'<ul>{complaint}</ul>' if wrong else ''}<p>Connections between two parties were "
+        f"recorded on the wire. Then {len(ADVERSARIES)} adversaries of the future tried to read "
+        "them, each in a process of its own, with copies of the recordings and nothing else but "
+        f"what is named. {read} of {cells} connections were read. The claim under test: <b>a "
+        "connection can be decrypted if and only if every secret that its keys are derived from "
+        "is known.</b></p>"
     )
 
 
@@ -225,18 +225,17 @@ def _toy(trial: Trial) -> str:
 
 def _model() -> str:
     return (
-        "<h2>What is modelled, what is real, what this does not prove</h2><ul>"
-        "<li><b>Modelled:</b> the break itself. A private key is set aside when it is made; the "
-        "oracle gives it to whoever shows the public share from the recording, and answers to "
-        "nothing else. That is what a quantum computer would give for X25519, and what nobody "
-        "knows how to get for ML-KEM.</li>"
-        "<li><b>Real:</b> the parties (this library over TCP, KMEs included), the recording "
-        "(pcapng, made by a proxy that frames what it saw), the parsing, the key schedule, which "
-        "the adversary has in code of its own, the decryption, the thefts. Where a secret is "
-        "missing the adversary also tries without it and with zeros, so that a key schedule which "
-        "forgets a leg is found out.</li>"
-        "<li><b>Not proven:</b> that X25519 or ML-KEM withstand anything; that a QKD link is "
-        "secure (its light is simulated here, and nobody attacks it); anything about an adversary "
-        "who is active on the wire, sits inside a site, or reads memory. It shows that this "
-        "implementation puts every leg into the keys, and which recordings matter.</li></ul>"
+        "<h2>What is modelled, what is real, what this does not prove</h2><ul><li><b>Modelled:</b> "
+        "the break itself. A private key is set aside when it is made; the oracle returns it for "
+        "the public share from the recording, and for nothing else. That is what a quantum "
+        "computer would give for X25519, and what nobody knows how to get for "
+        "ML-KEM.</li><li><b>Real:</b> the parties (this library over TCP, KMEs included), the "
+        "recording (pcapng, made by a proxy that frames what it saw), the parsing, the key "
+        "schedule, which the adversary has in code of its own, the decryption, the thefts. Where a "
+        "secret is missing the adversary also tries without it and with zeros, so that a key "
+        "schedule which forgets a leg is found out.</li><li><b>Not proven:</b> that X25519 or "
+        "ML-KEM withstand anything; that a QKD link is secure (its light is simulated here, and "
+        "nobody attacks it); anything about an adversary who is active on the wire, sits inside a "
+        "site, or reads memory. It shows that this implementation puts every leg into the keys, "
+        "and which recordings matter.</li></ul>"
     )

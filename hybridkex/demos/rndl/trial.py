@@ -259,7 +259,7 @@ def _cells(
         row = Row(configuration, talk.resumed)
         missing = list(verdict["missing"])
         if any(leg["kind"] == "ticket" and leg["how"] is None for leg in verdict["legs"]):
-            # The ticket's PSK is derived in the first connection and rests on its secrets.
+            # The ticket's PSK is derived in the first connection from its secrets.
             missing[-1] += f", which takes: {', '.join(sessions[0]['missing'])}"
         lines = verdict["to_server"].splitlines()
         cells.append(
@@ -283,7 +283,7 @@ def contradiction(verdict: dict[str, Any], talk: Talk, *, predicted: bool) -> st
     if verdict["resumed"] != talk.resumed:
         return "the adversary misidentified the resumed connection"
     if verdict["decrypted"] and verdict["missing"]:
-        return f"decrypted WITHOUT {', '.join(verdict['missing'])}: the keys do not rest on it"
+        return f"decrypted WITHOUT {', '.join(verdict['missing'])}: the keys do not depend on it"
     if verdict["decrypted"] != predicted:
         return (
             "not decrypted, but should have been" if predicted else "decrypted, but should be safe"

@@ -67,7 +67,7 @@ class Demonstration:
             session = await self._transfer(urls)
         self.say("\n3. What Eve recorded on the way")
         await in_thread(self._report_recording)
-        self.say("\n4. What the keys rest on")
+        self.say("\n4. What the keys are derived from")
         self._report_session(session)
 
     def _tell(self, text: str) -> None:
@@ -174,8 +174,10 @@ class Demonstration:
             f"{overheard.records:,} records was searched for it and for {overheard.needles - 1} "
             "pieces of the file; none is there"
         )
-        self._tell("to read the file later, an eavesdropper must break ALL of the legs below;")
-        self._tell("'hybridkex rndl' plays that through, with an adversary who breaks them")
+        self._tell("to read the file later, an eavesdropper must break ALL of these:")
+        self._tell(
+            "'hybridkex rndl' demonstrates this with an adversary who breaks some or all of them"
+        )
 
     def _report_session(self, session: dict[str, Any]) -> None:
         for part in session["parts"]:

@@ -60,9 +60,10 @@ class KmeAccess:
     timeout: float = 5.0
     """Seconds for one request from beginning to end."""
     max_answer: int = 1 << 20
-    """Most bytes of an answer, including headers."""
+    """The maximum length of a response in bytes, including headers."""
     always_post: bool = False
-    """POST where GET would do, for a KME that lacks the GET forms and does not say so with 405."""
+    """Use POST instead of GET, for a KME that lacks the GET forms and does not answer them with
+    405."""
 
     def __post_init__(self) -> None:
         check_url(self.url)
@@ -98,13 +99,13 @@ def classify(status: int, message: str, *, looking_up: bool) -> KeySourceError:
     """The typed error for an answer other than 200, including those of KMEs that deviate from the
     standard.
 
-    ``looking_up``: the request named keys (dec_keys). The standard has 400, 401 and 503 only and
-    one message for every key that is not there; other statuses and messages are met all the same.
+    ``looking_up``: the request named keys (dec_keys). The standard has only 400, 401 and 503, and
+    one message for all missing keys; deployed KMEs use other statuses and messages, too.
     """
     shown = printable(message, most=200)
     text = f"the KME answered {status}: {shown}" if shown else f"the KME answered {status}"
     if status == 401:
-        # The standard's status for a wrong SAE, whatever the text says.
+        # The standard's status for a wrong SAE, independent of the text.
         return KeyUnauthorized(f"{text}; our certificate is not one of an SAE of this KME")
     if "sae" in message.lower() and not looking_up:
         text += "; check the peer's SAE ID"
@@ -128,9 +129,9 @@ class KmeClient:
     """The three calls of ETSI GS QKD 014, for one SAE and its KME.
 
     Each call takes at most ``access.timeout`` seconds and raises a
-    :class:`~hybridkex.errors.KeySourceError` for every way in which it can fail. No request is
-    sent twice: an answer to enc_keys or dec_keys that was lost has burnt its keys (the standard
-    has no way to ask again), and only the caller knows whether new ones are worth it.
+    :class:`~hybridkex.errors.KeySourceError` for every way in which it can fail. No request is sent
+    twice: if a response to enc_keys or dec_keys is lost, its keys are lost (the standard has no way
+    to request them again), and only the caller knows whether to use new ones.
     """
 
     def __init__(self, access: KmeAccess, *, handshake: TlsHandshake | None = None) -> None:
@@ -186,7 +187,7 @@ class KmeClient:
         if self._access.kme_id is None and status.source_kme_id != self._kme_id:
             # A configured ID that the certificate confirmed takes precedence over this one.
             raise KeySourceUnavailable(
-                f"the KME calls itself {status.source_kme_id}, and its certificate says "
+                f"the KME's status has the ID {status.source_kme_id}, and its certificate "
                 f"{self._kme_id}; if that is the right KME, configure its ID (--kme-id "
                 f"{self._kme_id})"
             )
@@ -214,7 +215,7 @@ class KmeClient:
         if request.size is not None and any(
             len(item.key) * 8 != request.size for item in container.keys
         ):
-            raise KeySourceUnavailable("the KME gave keys of a different length than requested")
+            raise KeySourceUnavailable("the KME returned keys of a different length than requested")
         return container
 
     async def dec_keys(self, master_sae: str, key_ids: Sequence[str]) -> models.KeyContainer:
@@ -225,7 +226,7 @@ class KmeClient:
         container = self._container(body, len(key_ids))
         found: dict[str, models.DeliveredKey] = {item.key_id: item for item in container.keys}
         if found.keys() != set(key_ids):
-            raise KeySourceUnavailable("the KME gave different keys than requested")
+            raise KeySourceUnavailable("the KME returned different keys than requested")
         return models.KeyContainer(
             keys=tuple(found[key_id] for key_id in key_ids),
             key_container_extension=container.key_container_extension,
@@ -239,12 +240,12 @@ class KmeClient:
             raise KeySourceUnavailable(f"the KME's keys are malformed: {error}") from None
         if len(container.keys) != number:
             raise KeySourceUnavailable(
-                f"the KME gave {len(container.keys)} keys, {number} were requested"
+                f"the KME returned {len(container.keys)} keys, and {number} were requested"
             )
         if len({item.key_id for item in container.keys}) != number:
-            raise KeySourceUnavailable("the KME gave the same key ID twice")
+            raise KeySourceUnavailable("the KME returned the same key ID twice")
         if any(len(item.key) == 0 for item in container.keys):
-            raise KeySourceUnavailable("the KME gave an empty key")
+            raise KeySourceUnavailable("the KME returned an empty key")
         return container
 
     async def _call(
@@ -273,15 +274,15 @@ class KmeClient:
                     answer = await self._exchange("POST", path, query, content)
         except TimeoutError:
             raise KeySourceUnavailable(
-                f"{call}: the KME at {self._access.url} gave no answer within "
+                f"{call}: the KME at {self._access.url} did not answer within "
                 f"{self._access.timeout:g} s"
             ) from None
         except HTTP_FAILURES as error:
             refusal = refusal_of(error)
             if refusal is not None:
                 raise KeyUnauthorized(
-                    f"{call}: the KME refused our certificate ({refusal}): it must be valid now, "
-                    "and of an authority that the KME trusts"
+                    f"{call}: the KME refused our certificate ({refusal}): it must be valid now "
+                    "and issued by an authority that the KME trusts"
                 ) from None
             raise KeySourceUnavailable(
                 f"{call}: the KME at {self._access.url} {what_failed(error)}"
@@ -392,7 +393,9 @@ class Etsi014Source:
         key_id = single(name, master_kme=peer_kme, slave_kme=kme)
         [item] = (await self._client.dec_keys(self.peer_sae, [key_id])).keys
         if len(item.key) * 8 != self._key_bits:
-            raise KeySourceUnavailable("the KME gave a key of a different length than configured")
+            raise KeySourceUnavailable(
+                "the KME returned a key of a different length than configured"
+            )
         return QkdKey(name=name, master_sae=self.peer_sae, slave_sae=self.local_sae, key=item.key)
 
     def knows(self, name: KeyReference) -> bool:

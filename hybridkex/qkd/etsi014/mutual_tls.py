@@ -151,8 +151,8 @@ def _ssl_reason(error: ssl.SSLError) -> str:
 _SSL_WORDS: Final = {
     "wrong version number": "it does not speak TLS",
     "http request": "it sent plain HTTP, not TLS",
-    "peer did not return a certificate": "it showed no certificate",
-    "unexpected eof while reading": "it closed the connection in the TLS handshake",
+    "peer did not return a certificate": "it presented no certificate",
+    "unexpected eof while reading": "it closed the connection during the TLS handshake",
     "no shared cipher": "it has no TLS cipher suite in common with us",
     "unsupported protocol": "it does not speak TLS 1.2 or later",
 }
@@ -320,6 +320,6 @@ def _own_on_trio(config: Any) -> TlsHandshake:
 
 def _leaf(peer: Any) -> bytes:
     if peer is None:
-        raise KeyUnauthorized("the other end has shown no certificate")
+        raise KeyUnauthorized("the other end has presented no certificate")
     leaf: bytes = peer.chain[0]
     return leaf

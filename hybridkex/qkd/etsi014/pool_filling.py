@@ -22,7 +22,7 @@ async def pool_names(client: KmeClient, *, sae: str, peer_sae: str) -> PoolNames
     """The names of a pool for two SAEs, with the KMEs that the status gives.
 
     Raises:
-        KeySourceError: the KME gives no status.
+        KeySourceError: the KME returns no status.
     """
     status = await client.status(peer_sae)
     return PoolNames(
@@ -52,7 +52,8 @@ async def draw_into_pool(
         key_bits: length of a key, in bits.
 
     Raises:
-        KeySourceError: the KME gives no more keys, or one again. Earlier keys are in the pool.
+        KeySourceError: the KME returns no more keys, or one a second time. Earlier keys are in the
+            pool.
     """
     names = pool.names
     at_once = max(1, (await client.status(names.peer_sae)).max_key_per_request)
@@ -63,8 +64,8 @@ async def draw_into_pool(
         new = [item.key_id for item in found.keys]
         if await pool.never_here(new) != new:
             raise KeySourceUnavailable(
-                "the KME gave a key with an ID that it had given before, and no key may be used "
-                "twice; keys of its earlier answers are in the pool"
+                "the KME returned a key with an ID that it had returned before, and no key may be "
+                "used twice; keys of its earlier responses are in the pool"
             )
         drawn += new
         announce(drawn)

@@ -443,14 +443,14 @@ def what_failed(error: BaseException) -> str:
         return text
     ended = isinstance(kind, httpcore.RemoteProtocolError) and "disconnected" in str(kind)
     if "complete message body" in str(kind):
-        return "ended the connection before its answer was complete; see its log"
+        return "ended the connection before its response was complete; see its log"
     if isinstance(kind, httpcore.ProtocolError) and not ended:
         return f"did not answer in HTTP: {_reason(error)}"
     if "longer than" in str(kind):
         return f"gave {kind}"
     # A TLS 1.3 server verifies our certificate after our handshake is complete.
     why = f" ({why})" if why else ""
-    return f"closed the connection without an answer{why}; it may not accept our certificate"
+    return f"closed the connection without a response{why}; it may not accept our certificate"
 
 
 def _outermost(error: BaseException) -> BaseException:

@@ -1,10 +1,10 @@
 """From recordings to plaintext: the attack itself.
 
-For each recorded connection the adversary lists what its keys rest on (the parts of the key
-exchange, and the PSK if one was used), tries to find each of these secrets, rebuilds the key
-schedule and decrypts the records. If a secret is missing it still tries: with the secret left out,
-and with zeros in its place. Between correct parties that decrypts nothing; it exposes a key
-schedule that omits one of its legs.
+For each recorded connection the adversary lists the secrets that its keys are derived from, its
+*legs* (the parts of the key exchange, and the PSK if one was used), tries to find each of these
+secrets, rebuilds the key schedule and decrypts the records. If a secret is missing it still tries:
+with the secret left out, and with zeros in its place. Between correct parties that decrypts
+nothing; it exposes a key schedule that omits one of its legs.
 
 A decrypted connection may contain secrets of another one (a ticket, a QKD key in transit from a
 KME), so the attack repeats until no further connection is decrypted.
@@ -51,7 +51,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Leg:
-    """One of the secrets that a connection's keys rest on."""
+    """One of the secrets that a connection's keys are derived from."""
 
     kind: str
     """``exchange``, ``qkd``, ``psk`` or ``ticket``; those of a key update ``update-exchange`` and
@@ -61,7 +61,7 @@ class Leg:
     """How it was found; ``None`` if it was not."""
     secret: bytes | None = field(repr=False)
     needed: bool = True
-    """Whether it matters: what the handshake rests on does not, where the session was stolen."""
+    """Whether it is needed: if the session was stolen, the secrets of the handshake are not."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,7 +74,7 @@ async def main() -> None:
         records = Records(ends[0], result.key, we_began=True)
         await records.send(b"what time is it?")
         print("Bob says:", (await records.receive()).decode())
-        print("the key rests on X25519, ML-KEM-768 and the QKD key", *result.qkd_key_ids)
+        print("the key is derived from X25519, ML-KEM-768 and the QKD key", *result.qkd_key_ids)
 
     async def answer() -> None:
         config = ExchangeConfig(

@@ -288,7 +288,7 @@ CLAIMS = (
     claim(
         "both-legs-authenticate",
         "With RFC 9973, both agreements hold while the QKD key or the signatures stand; under "
-        "`prefer` a session without the key rests on the signatures alone",
+        "`prefer` a session without the key depends on the signatures alone",
         holds("both-legs-authenticate", H, CLIENT_AGREES_BOTH,
               [("ONLY_BOTH", "BEFORE_SIGNATURES")],
               [("ONLY_BOTH", "BEFORE_SIGNATURES", "BEFORE_QKD")], slow=True),

@@ -1,4 +1,4 @@
-"""What the keys of a session rest on, in a few words for a status line."""
+"""The origin of a session's keys, in a few words for a status line."""
 
 import ipaddress
 

@@ -23,7 +23,7 @@ __all__ = ["Terminal"]
 
 _HELP: Final = """\
 /join ROOM   go to another room          /who     who is in this one
-/keys        what our keys rest on       /rooms   which rooms there are
+/keys        the origin of our keys      /rooms   the list of rooms
 /quit        leave (or Ctrl-D)           //text   says "/text\""""
 
 
@@ -31,7 +31,7 @@ class Terminal:
     """Shows what happens, and does what is typed.
 
     Args:
-        basis: what the keys rest on, in a few words.
+        basis: the origin of the keys, in a few words.
         details: the same at length.
         made_at: when they were made, in seconds since the epoch.
         pad: what is left of a one-time pad; ``None`` where there is none.

@@ -850,3 +850,23 @@ def _assembled(
         ids = tuple(block.key_id for block in blocks)
         keys.append((Allotment(blocks=ids, size=size, value=value), key))
     return keys
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalPeer:
+    """The other KME of a link, in this process."""
+
+    own_id: str
+    other: KeyManagementEntity
+
+    async def ext_keys(self, message: ExtKeys) -> None:
+        try:
+            await self.other.peer_allots(self.own_id, message)
+        except ErrorResponse as refusal:
+            raise KeySourceUnavailable(f"it answered {refusal}") from None
+
+    async def void(self, key_ids: Sequence[str]) -> None:
+        await self.other.peer_voids(self.own_id, key_ids)
+
+    async def check(self, key_ids: Sequence[str]) -> list[str]:
+        return await self.other.peer_checks(self.own_id, key_ids)

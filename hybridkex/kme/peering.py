@@ -23,7 +23,7 @@ import trio
 
 from hybridkex.errors import KeySourceUnavailable
 from hybridkex.json_text import load_json
-from hybridkex.qkd.etsi014.models import ErrorResponse, Json, ModelError, message_of, parse_uuid
+from hybridkex.qkd.etsi014.models import Json, ModelError, message_of, parse_uuid
 from hybridkex.qkd.etsi014.transport import HTTP_FAILURES, Answer, KmeTransport, what_failed
 from hybridkex.qkd.store import Allotment, BlocksRefused, BlockState
 from hybridkex.secret import Secret
@@ -149,34 +149,6 @@ class PeerLink(Protocol):
 
     async def check(self, key_ids: Sequence[str]) -> list[str]:
         """Which of these blocks the other KME lacks. Raises ``KeySourceUnavailable``."""
-
-
-class _Accepts(Protocol):
-    async def peer_allots(self, peer: str, message: ExtKeys) -> None: ...
-
-    async def peer_voids(self, peer: str, key_ids: Sequence[str]) -> None: ...
-
-    async def peer_checks(self, peer: str, key_ids: Sequence[str]) -> list[str]: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class LocalPeer:
-    """The other KME of a link, in this process."""
-
-    own_id: str
-    other: _Accepts
-
-    async def ext_keys(self, message: ExtKeys) -> None:
-        try:
-            await self.other.peer_allots(self.own_id, message)
-        except ErrorResponse as refusal:
-            raise KeySourceUnavailable(f"it answered {refusal}") from None
-
-    async def void(self, key_ids: Sequence[str]) -> None:
-        await self.other.peer_voids(self.own_id, key_ids)
-
-    async def check(self, key_ids: Sequence[str]) -> list[str]:
-        return await self.other.peer_checks(self.own_id, key_ids)
 
 
 class HttpPeer:

@@ -17,10 +17,10 @@ from hybridkex.errors import ConfigError, HybridkexError, KeySourceUnavailable
 from hybridkex.kme.api import kme_handler
 from hybridkex.kme.audit import AuditTrail, check_folder
 from hybridkex.kme.config import KmeConfig, PeerConfig, PostgresUrl, ServeConfig
-from hybridkex.kme.entity import KeyManagementEntity
+from hybridkex.kme.entity import KeyManagementEntity, LocalPeer
 from hybridkex.kme.health import Pages
 from hybridkex.kme.metrics import KmeMetrics
-from hybridkex.kme.peering import MAX_ANSWER_BYTES, MAX_MESSAGE_BYTES, HttpPeer, LocalPeer
+from hybridkex.kme.peering import MAX_ANSWER_BYTES, MAX_MESSAGE_BYTES, HttpPeer
 from hybridkex.kme.settings import EntitySettings
 from hybridkex.net.address import TcpAddress
 from hybridkex.net.budget import Budget, Connection

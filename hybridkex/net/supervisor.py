@@ -193,7 +193,7 @@ class Supervisor(Generic[T]):
             return False
         connection, stream = leaving
         self._on_failure("evicted")
-        self._say(connection, "closed: too many connections of its address are waiting")
+        self._log_end(connection, "closed: too many connections of its address are waiting")
         await _discard(stream)
         return True
 
@@ -259,10 +259,10 @@ class Supervisor(Generic[T]):
     def _cut(self, connection: Connection) -> None:
         if connection.evicted:
             self._on_failure("evicted")
-            self._say(connection, "closed to make room for another connection")
+            self._log_end(connection, "closed to make room for another connection")
         else:
             self._on_failure("timeout")
-            self._say(connection, f"not authenticated within {self._handshake_seconds:g} s")
+            self._log_end(connection, f"not authenticated within {self._handshake_seconds:g} s")
 
     def _failed(self, connection: Connection, error: BaseException) -> None:
         cause = _innermost(error)
@@ -270,13 +270,13 @@ class Supervisor(Generic[T]):
             self._rest_until = trio.current_time() + REST_SECONDS
         if isinstance(cause, TooManyConnections):
             self._on_failure("limit")
-            self._say(connection, f"refused: {cause}")
+            self._log_end(connection, f"refused: {cause}")
         elif isinstance(cause, _EXPECTED):
             self._on_failure("failed")
-            self._say(connection, _reason(cause))
+            self._log_end(connection, _reason(cause))
         elif (refused := refusal(cause)) is not None:  # no memory, no thread
             self._on_failure("failed")
-            self._say(connection, refused)
+            self._log_end(connection, refused)
         else:
             # A bug on our side. Its text may quote anything, so only its type and location are
             # logged.
@@ -291,7 +291,7 @@ class Supervisor(Generic[T]):
             )
             self._logger.debug("%s: the internal error", self._name, exc_info=cause)
 
-    def _say(self, connection: Connection, text: str) -> None:
+    def _log_end(self, connection: Connection, text: str) -> None:
         connection.log.log(logging.WARNING, "%s: %s: %s", self._name, connection.peer, text)
 
 

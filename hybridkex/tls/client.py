@@ -710,7 +710,7 @@ class WaitFinished(ClientState):
         transcript = self.transcript.add(raw)
         proof, offer, negotiated = self.proof, self.handshake.offer, self.handshake.negotiated
         resumption = offer.resumption if negotiated.psk and negotiated.psk.resumption else None
-        session = negotiation.describe(
+        session = negotiation.session_of(
             negotiated,
             ticket=resumption.ticket if resumption is not None else None,
             scheme=proof.scheme,

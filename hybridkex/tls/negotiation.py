@@ -222,7 +222,7 @@ def check_finished(message: Finished, traffic: TrafficSecret, transcript: Transc
         )
 
 
-def describe(
+def session_of(
     negotiated: Negotiated,
     *,
     ticket: SessionTicket | TicketState | None,
@@ -231,7 +231,7 @@ def describe(
     checked: bool,
     now: float,
 ) -> Session:
-    """The session, from what the handshake settled.
+    """The session that the handshake negotiated.
 
     Args:
         negotiated: what was agreed with the peer.

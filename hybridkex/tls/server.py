@@ -510,7 +510,7 @@ class WaitClientFinished(ServerState):
             policy=choice.config.policy_in_force,
             agreed=choice.agreed,
         )
-        session = negotiation.describe(
+        session = negotiation.session_of(
             negotiated,
             ticket=resumption.ticket if resumption is not None else None,
             scheme=flight.credential.scheme if flight.credential is not None else None,

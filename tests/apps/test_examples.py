@@ -241,7 +241,7 @@ def commands() -> list[str]:
 
 
 SAID = {
-    "python examples/combine.py": "the key rests on X25519, ML-KEM-768 and the QKD key",
+    "python examples/combine.py": "the key is derived from X25519, ML-KEM-768 and the QKD key",
     "python examples/httpx_client.py": "GET / HTTP/2 0",
     "python -m examples.chat client": "<alice> hello",
     "hybridkex tunnel run": "tunnels.toml: 3 tunnels",

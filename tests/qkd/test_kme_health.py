@@ -24,9 +24,9 @@ from hybridkex.errors import KeySourceUnavailable
 from hybridkex.kme import entity, health
 from hybridkex.kme.audit import AuditTrail
 from hybridkex.kme.config import PeerConfig, ServeConfig
-from hybridkex.kme.entity import KeyManagementEntity
+from hybridkex.kme.entity import KeyManagementEntity, LocalPeer
 from hybridkex.kme.metrics import KmeMetrics
-from hybridkex.kme.peering import HttpPeer, LocalPeer
+from hybridkex.kme.peering import HttpPeer
 from hybridkex.kme.settings import EntitySettings, KmeLimits
 from hybridkex.net.address import TcpAddress
 from hybridkex.qkd.etsi014.models import ErrorResponse, KeyRequest

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from hybridkex.kme.entity import KeyManagementEntity
+from hybridkex.kme.entity import KeyManagementEntity, LocalPeer
 from hybridkex.kme.metrics import KmeMetrics
-from hybridkex.kme.peering import LocalPeer
 from hybridkex.kme.settings import EntitySettings, KmeLimits
 from hybridkex.qkd.etsi014.models import ErrorResponse, KeyRequest
 from hybridkex.qkd.sqlite_store import SqliteKeyStore

@@ -14,9 +14,8 @@ import pytest
 import trio
 
 from hybridkex.errors import KeyConsumed, KeySourceError, KeySourceUnavailable, KeyUnknown
-from hybridkex.kme.entity import KeyManagementEntity
+from hybridkex.kme.entity import KeyManagementEntity, LocalPeer
 from hybridkex.kme.metrics import KmeMetrics
-from hybridkex.kme.peering import LocalPeer
 from hybridkex.kme.settings import EntitySettings, KmeLimits
 from hybridkex.qkd.etsi014.models import KeyRequest
 from hybridkex.qkd.sqlite_store import SqliteKeyStore

@@ -2,10 +2,9 @@
 
 import math
 from functools import partial
+from importlib.metadata import files
 from pathlib import Path
 from typing import Final
-
-from cryptography.hazmat.bindings import _rust
 
 from hybridkex.cli.demo import DemoOptions
 from hybridkex.cli.guarded import check_room, explained, guarded_folder
@@ -19,7 +18,7 @@ _OTHER_PLACE: Final = "choose another one with --keep"
 
 def run(options: DemoOptions) -> int:
     """Run it; 0 if the file arrived intact and Eve's recording reveals nothing of it."""
-    source = Path(options.file or _rust.__file__).resolve()
+    source = Path(options.file or _largest_library()).resolve()
     if not source.is_file():
         raise ConfigError(f"cannot read {source}: there is no such file")
     if not 0 <= options.distance < math.inf:
@@ -34,8 +33,14 @@ def run(options: DemoOptions) -> int:
             source=source,
             capture=keep / "eve.pcapng",
             distance=options.distance,
-            say=partial(print, flush=True),
+            print_line=partial(print, flush=True),
         )
         with explained(keep, _OTHER_PLACE):
             run_trio(demonstration.run)
     return 0
+
+
+def _largest_library() -> Path:
+    """The largest file of `cryptography`: a compiled library of some megabytes."""
+    paths = (Path(str(file.locate())) for file in files("cryptography") or ())
+    return max((path for path in paths if path.is_file()), key=lambda path: path.stat().st_size)

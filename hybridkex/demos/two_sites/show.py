@@ -44,14 +44,14 @@ class Demonstration:
         source: the file to send.
         capture: where Eve records.
         distance: length of the QKD link, in km.
-        say: prints a line.
+        print_line: prints a line.
     """
 
     folder: Path
     source: Path
     capture: Path
     distance: float
-    say: Callable[[str], object]
+    print_line: Callable[[str], object]
     marker: bytes = field(default_factory=new_marker, repr=False)
 
     async def run(self) -> None:
@@ -61,17 +61,17 @@ class Demonstration:
             DemonstrationFailed: a program failed, or the file did not arrive whole.
             RecordingError: Eve's recording shows part of the file, or could not be searched.
         """
-        self.say("\n1. Two sites and the QKD link between them")
+        self.print_line("\n1. Two sites and the QKD link between them")
         async with self._kmes() as urls:
-            self.say("\n2. Alice sends Bob a file")
+            self.print_line("\n2. Alice sends Bob a file")
             session = await self._transfer(urls)
-        self.say("\n3. What Eve recorded on the way")
+        self.print_line("\n3. What Eve recorded on the way")
         await in_thread(self._report_recording)
-        self.say("\n4. What the keys are derived from")
+        self.print_line("\n4. What the keys are derived from")
         self._report_session(session)
 
-    def _tell(self, text: str) -> None:
-        self.say(f"   {text}")
+    def _print_detail(self, text: str) -> None:
+        self.print_line(f"   {text}")
 
     # --- the sites ------------------------------------------------------------------------------
 
@@ -87,16 +87,18 @@ class Demonstration:
                 metrics = (await anext(told)).split()[-1]
             with deadline(f"the QKD link over {self.distance:g} km produced no keys"):
                 link = await _first_keys(metrics)
-            self._tell(
+            self._print_detail(
                 f"decoy-state BB84 over {self.distance:g} km of simulated fibre, with the complete "
                 "post-processing:"
             )
-            self._tell(
+            self._print_detail(
                 f"{link['sifted_bits_total']:,.0f} sifted bits, QBER {link['qber_ratio']:.2%}, "
                 f"{link['secret_bits_total']:,.0f} secret bits"
             )
-            self._tell("a KME at each end; every program gets its keys from the KME of its site")
-            self._tell("(ETSI GS QKD 014, over post-quantum TLS)")
+            self._print_detail(
+                "a KME at each end; every program gets its keys from the KME of its site"
+            )
+            self._print_detail("(ETSI GS QKD 014, over post-quantum TLS)")
             yield dict(zip(_SITES, urls, strict=True))
 
     def _options(self, who: str, peer: str, url: str) -> list[str]:
@@ -117,7 +119,7 @@ class Demonstration:
         authority = DevCa.create()
         write_identity(self.folder / "bob", authority, authority.issue("localhost", "127.0.0.1"))
         write_identity(self.folder / "alice", authority, authority.issue("alice"))
-        self._tell("each has a certificate of a development authority")
+        self._print_detail("each has a certificate of a development authority")
         await in_thread(mark, self.source, self._sent, self.marker)
         marked, received = self.folder / "marked", self.folder / "received"
         began = time.monotonic()
@@ -128,11 +130,11 @@ class Demonstration:
         if digest != _digest(received):
             raise DemonstrationFailed("the file that arrived is not the file that was sent")
         size = self.source.stat().st_size
-        self._tell(
+        self._print_detail(
             f"{self.source.name}, {size:,} bytes, in {seconds:.2f} s (start of both programs "
             "included)"
         )
-        self._tell(f"SHA-256 at both ends: {digest}")
+        self._print_detail(f"SHA-256 at both ends: {digest}")
         return session
 
     async def _run_programs(self, urls: dict[str, str], target: Path) -> dict[str, Any]:
@@ -166,28 +168,36 @@ class Demonstration:
 
     def _report_recording(self) -> None:
         overheard = overhear(self.capture, self._sent, self.marker)
-        self._tell(f"{overheard.records:,} records, {overheard.size:,} bytes")
-        self._tell(f"in the clear: server name {overheard.server_name}, group {overheard.group},")
-        self._tell(f"  the public shares, and the ID (not the key) {', '.join(overheard.key_ids)}")
-        self._tell("a random marker was sent with every kilobyte of the file: each of the")
-        self._tell(
+        self._print_detail(f"{overheard.records:,} records, {overheard.size:,} bytes")
+        self._print_detail(
+            f"in the clear: server name {overheard.server_name}, group {overheard.group},"
+        )
+        self._print_detail(
+            f"  the public shares, and the ID (not the key) {', '.join(overheard.key_ids)}"
+        )
+        self._print_detail("a random marker was sent with every kilobyte of the file: each of the")
+        self._print_detail(
             f"{overheard.records:,} records was searched for it and for {overheard.needles - 1} "
             "pieces of the file; none is there"
         )
-        self._tell("to read the file later, an eavesdropper must break ALL of these:")
-        self._tell(
+        self._print_detail("to read the file later, an eavesdropper must break ALL of these:")
+        self._print_detail(
             "'hybridkex rndl' demonstrates this with an adversary who breaks some or all of them"
         )
 
     def _report_session(self, session: dict[str, Any]) -> None:
         for part in session["parts"]:
-            self._tell(f"- {part}")
+            self._print_detail(f"- {part}")
         for key_id, source in zip(session["qkd_key_ids"], session["qkd_sources"], strict=True):
-            self._tell(f"- QKD key {key_id} (KMEs {source})")
-        self._tell(f"joined by the key schedule of {session['version']}, {session['cipher_suite']}")
-        self._tell(f"authentication: {session['auth']}, {session['signature_scheme']}, both ways")
+            self._print_detail(f"- QKD key {key_id} (KMEs {source})")
+        self._print_detail(
+            f"joined by the key schedule of {session['version']}, {session['cipher_suite']}"
+        )
+        self._print_detail(
+            f"authentication: {session['auth']}, {session['signature_scheme']}, both ways"
+        )
         policy = session["policy"]
-        self._tell(f"policy: post-quantum {policy['post_quantum']}, QKD {policy['psk']}")
+        self._print_detail(f"policy: post-quantum {policy['post_quantum']}, QKD {policy['psk']}")
 
 
 async def _first_keys(metrics: str) -> dict[str, float]:

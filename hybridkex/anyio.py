@@ -66,7 +66,8 @@ class HybridkexAttribute(anyio.TypedAttributeSet):
     session: Session = anyio.typed_attribute()
     """The :class:`~hybridkex.Session`: groups, keys and the identity of the peer."""
     has_unread: bool = anyio.typed_attribute()
-    """Whether bytes of the peer wait, here or in the socket: data, its end, or a key update."""
+    """Whether unread bytes from the peer are waiting, here or in the socket: data, its end, or a
+    key update."""
 
 
 class SecureStreamError(anyio.BrokenResourceError, ssl.SSLError):
@@ -207,9 +208,9 @@ class SecureByteStream(SecureDuplex, ByteStream):
     async def send(self, item: bytes) -> None:
         """Send all of ``item``. After a cancellation, nothing more can be sent.
 
-        Under a one-time pad this waits for QKD keys where too few are there; :attr:`pad` tells
-        beforehand. If none comes before the deadline of :class:`~hybridkex.OneTimePad`, the session
-        ends with :exc:`~hybridkex.errors.PadExhausted`.
+        Under a one-time pad this waits if there are too few QKD keys; :attr:`pad` shows this in
+        advance. If no key arrives before the deadline of :class:`~hybridkex.OneTimePad`, the
+        session ends with :exc:`~hybridkex.errors.PadExhausted`.
 
         Raises:
             anyio.BrokenResourceError: the connection failed, or an earlier send was cancelled.
@@ -442,7 +443,8 @@ class _Places:
                 continue
             connection, handshake = found
             connection.begin(
-                self._budget, cut=partial(handshake.dismiss, "it made room for another connection")
+                self._budget,
+                cut=partial(handshake.dismiss, "it was closed to make room for another connection"),
             )
             handshake.started.set()
             for _ in range(ACCEPTED_BETWEEN):  # the accept loop goes first
@@ -469,7 +471,7 @@ class _Places:
             self._pending.close()
 
     def close(self) -> None:
-        """Let those who wait begin at once: their handlers may outlive the listener."""
+        """Let waiting connections begin at once: their handlers may outlive the listener."""
         self._closed = True
         while (found := self._pending.remove()) is not None:
             found[1].started.set()

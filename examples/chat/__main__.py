@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
             "--log-level",
             default="warning",
             choices=("debug", "info", "warning"),
-            help="what is told on standard error (default: warning)",
+            help="messages on standard error (default: warning)",
         )
         add_options(one, ChannelOptions, alpn=[PROTOCOL])
     return parser

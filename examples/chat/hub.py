@@ -289,7 +289,7 @@ class Hub:
         return member, Welcome(0, before, seat.room, False)
 
     async def _free_a_seat(self, newcomer: str) -> bool:
-        """Take a seat from the holder who has the most, if that is at least two more than the
+        """Take a seat from the holder with the most seats, if that is at least two more than the
         newcomer has: the one that was left for the longest time, or else the newest."""
         seats = Counter(member.holder for member in self._members.values())
         most = max(seats.values(), default=0)
@@ -374,7 +374,8 @@ class Hub:
                     one.written = True
                     one.done.set()
         finally:
-            # The disk is full, or the server ends: who waits is told that nothing was written.
+            # The disk is full, or the server ends: waiting clients are informed that nothing was
+            # written.
             for one in (*jobs, *self._waiting(None)):
                 one.done.set()
             self._work.close()

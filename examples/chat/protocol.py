@@ -66,7 +66,7 @@ class Hello:
     nickname: str
     room: str
     token: str
-    """Random, chosen by the client: whoever presents it is the returning client."""
+    """Random, chosen by the client; a client that presents it is the returning client."""
     seen: int
     """The last entry it has seen."""
 

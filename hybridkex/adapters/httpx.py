@@ -63,7 +63,7 @@ class SecureTransport(httpx.AsyncHTTPTransport):
 
 
 class _Pool(httpcore.AsyncConnectionPool):
-    """httpcore's pool, which keeps a connection for ever if its request is cancelled before it was
+    """httpcore's pool, which never releases a connection whose request is cancelled before it has
     begun (httpcore issue 1093); this one does not."""
 
     def _assign_requests_to_connections(self) -> list[httpcore.AsyncConnectionInterface]:

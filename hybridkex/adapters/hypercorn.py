@@ -33,7 +33,7 @@ _LOST_SECONDS: Final = 0.1
 """The time that a connection has to end once its transport is gone, before its tasks are
 cancelled; and between two cancellations."""
 _CANCEL_SECONDS: Final = 3.0
-"""For which tasks are cancelled over and over: an application may catch it."""
+"""How long tasks are cancelled repeatedly, in seconds: an application may catch a cancellation."""
 _ACCEPT_TURNS: Final = 3
 """Turns of the loop after which a connection that it has accepted has a transport."""
 
@@ -173,7 +173,7 @@ async def _wait(tasks: _Tasks, seconds: float) -> bool:
 
 
 async def _cancel(tasks: _Tasks) -> None:
-    """Cancel these tasks until they have ended, for :data:`_CANCEL_SECONDS`."""
+    """Cancel these tasks until they have ended, for at most :data:`_CANCEL_SECONDS`."""
     loop = asyncio.get_running_loop()
     until = loop.time() + _CANCEL_SECONDS
     while (left := {one for one in tasks if not one.done()}) and loop.time() < until:

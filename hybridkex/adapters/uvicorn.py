@@ -3,7 +3,7 @@
     uvicorn.run(app, port=8443, http=secure_http(config))
 
 With ``workers`` or ``reload``, uvicorn runs the application in other processes, which import it by
-name. Private keys do not go from process to process, so name the value of ``http``, too. With
+name. Private keys are not passed between processes, so give ``http`` by name, too. With
 ``http = secure_http(config)`` in the module ``service``::
 
     uvicorn.run("service:app", port=8443, http="service:http", workers=4)

@@ -1,7 +1,7 @@
 """The parts of a secure connection on asyncio, one class for each duty.
 
-- :class:`Lifecycle`: the states of a connection, what ends it, and what the application learns.
-- :class:`Handshake`: what exists only until the handshake is complete.
+- :class:`Lifecycle`: the states of a connection, its end, and the notifications of the application.
+- :class:`Handshake`: the state that exists only until the handshake is complete.
 - :class:`ReadingHalf`: the protocol of the transport below; decrypts and delivers.
 - :class:`WritingHalf`: encrypts and sends what the application has written.
 """
@@ -47,7 +47,7 @@ _LINES: Final = BoundedLog(_log)
 
 _READ_SIZE: Final = 16 * FULL_RECORD
 _READ_WAITING: Final = 2048
-"""Bytes that are read of a connection that waits for a place: a ClientHello."""
+"""The maximum number of bytes that are read while a connection waits for a place: a ClientHello."""
 _JOIN: Final = 16 * 1024
 """Bytes up to which writes wait to be joined; more is encrypted at once."""
 _BATCH: Final = 16 * MAX_PLAINTEXT
@@ -125,7 +125,7 @@ class Lifecycle:
     pads: PadFiller | None = None
     failure: Exception | None = None
     register: set[Any] | None = None
-    """Has the transport while there is one below."""
+    """The transport below, while there is one."""
     _timer: asyncio.TimerHandle | None = None
 
     def __init__(
@@ -213,7 +213,7 @@ class Lifecycle:
         self.fail(error)
 
     def _pads_changed(self) -> None:
-        """Go on with what waits for a one-time pad, in either direction."""
+        """Continue with data that waits for a one-time pad, in either direction."""
         if self.failure is None and self.state is not _CLOSED:
             self.reading.pads_changed()
             self.writing.pump_if_due()
@@ -543,7 +543,7 @@ class Handshake:
         self._life.abort(connection_error(LocalStateError(reason)))
 
     def stop(self) -> None:
-        """End the time limit and what is waited for."""
+        """Cancel the time limit and any wait."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -601,7 +601,7 @@ class ReadingHalf(asyncio.BufferedProtocol):
         self._received(buffer[:nbytes])
 
     def data_received(self, data: bytes) -> None:
-        """Data from a secure transport that carries this one."""
+        """Process data from a secure transport that carries this one."""
         self._received(memoryview(data))
 
     def eof_received(self) -> bool:
@@ -779,7 +779,7 @@ class ReadingHalf(asyncio.BufferedProtocol):
             self.resume_raw()
 
     def pads_changed(self) -> None:
-        """Go on with what waited for a one-time pad."""
+        """Continue with data that waited for a one-time pad."""
         if self._waits_for_pad and not self._engine.waits_for_pad:
             self._waits_for_pad = False
             self.process()
@@ -800,7 +800,7 @@ class ReadingHalf(asyncio.BufferedProtocol):
 
     @property
     def holds_data(self) -> bool:
-        """Whether the application has not got all that was received."""
+        """Whether there is received data that the application has not got."""
         return bool(self._held)
 
     def discard(self) -> None:
@@ -837,7 +837,7 @@ class WritingHalf:
         self._life: Final = life
         self._engine: Final = life.engine
         self.outgoing: Final[deque[bytes | memoryview]] = deque()
-        """Data that was written and waits to be encrypted."""
+        """Written data that waits to be encrypted."""
 
     def attach(self, raw: asyncio.Transport) -> None:
         # The write buffer of an upgraded transport may be full already; only changes are signalled.
@@ -851,7 +851,7 @@ class WritingHalf:
 
     @property
     def holds_data(self) -> bool:
-        """Whether data is known not to have been sent."""
+        """Whether data is known to be unsent."""
         return bool(self.outgoing) or self._below_full or self._not_taken
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
@@ -894,7 +894,7 @@ class WritingHalf:
         self.pump()
 
     def pump_if_due(self) -> None:
-        """Go on if anything waits."""
+        """Continue if any data waits."""
         if self.outgoing or self.end_due:
             self.pump()
 

@@ -60,7 +60,7 @@ def connection_error(cause: HybridkexError) -> SecureConnectionError:
     """The :exc:`SecureConnectionError` for an error of the engine.
 
     The traceback of ``cause`` is removed: it leads to frames of the engine, so that the keys in
-    them would live as long as the error, and whoever reports errors with local variables would
+    them would live as long as the error, and tools that report errors with local variables would
     report them.
     """
     error: SecureConnectionError

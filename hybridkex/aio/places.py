@@ -33,7 +33,7 @@ class PendingHandshake(Protocol):
         """Begin the handshake."""
 
     def dismiss(self, reason: str) -> None:
-        """Close the connection, for the benefit of another."""
+        """Close the connection to make room for another."""
 
 
 class Places:
@@ -63,7 +63,8 @@ class Places:
         :meth:`leave` when the handshake or the connection has ended.
 
         Args:
-            handshake: the connection; it is told if it has to wait.
+            handshake: the connection; its :meth:`~PendingHandshake.wait` is called if it has to
+                wait.
             raw: its transport.
             log: for log lines that the peer can cause.
         """
@@ -94,7 +95,7 @@ class Places:
             self._soon()
 
     def leave(self, connection: Connection) -> None:
-        """Give the place of a connection back, or its claim to one."""
+        """Release the place of a connection, or its claim to one."""
         if self._pending is not None:
             self._pending.leave(connection)
             self._soon()
@@ -117,13 +118,13 @@ class Places:
             self._soon()
 
     def _soon(self) -> None:
-        """Look in the next turn of the loop."""
+        """Look again in the next iteration of the loop."""
         if not self._due:
             self._due = True
             self._loop.call_soon(self._turn)
 
     def _turn(self) -> None:
-        """Start one handshake, after the loop has accepted all who have come."""
+        """Start one handshake, after the loop has accepted all connections that have arrived."""
         self._due = False
         if self._seen != self._entered and self._entered - self._at_start < ACCEPTED_BETWEEN:
             self._seen = self._entered

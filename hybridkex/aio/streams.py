@@ -10,12 +10,13 @@ from hybridkex.errors import LocalStateError
 from hybridkex.tls.config import ClientConfig, ServerConfig
 
 DEFAULT_LIMIT: Final = 1 << 16
-"""Half of the bytes that a StreamReader holds before it pauses reading; asyncio's default."""
+"""The default limit of a StreamReader in bytes, as in asyncio; it pauses reading at twice as
+many."""
 
 
 class _Reader(asyncio.StreamReader):
-    """Keeps what came ahead of the peer's close_notify: the connection's later failure is an error
-    of the writer alone."""
+    """Keeps the data that arrived before the peer's close_notify: a later failure of the connection
+    is only an error of the writer."""
 
     _ended = False
 
@@ -164,7 +165,7 @@ async def upgrade(
     if await _holds_data(reader):
         plain.abort()
         raise LocalStateError(
-            "data came ahead of the TLS handshake, perhaps from an attacker: connection aborted"
+            "data arrived before the TLS handshake, perhaps from an attacker: connection aborted"
         )
     secure_reader, protocol = stream_protocol(limit=limit)
     protocol.takes_over(writer, plain.get_protocol())

@@ -36,7 +36,7 @@ from hybridkex.tls.one_time_pad import PadBudget
 from hybridkex.tls.session import Session
 
 _HANDSHAKE_TIMEOUT: Final = 10.0
-"""Seconds that a handshake may take."""
+"""The default time limit of a handshake in seconds."""
 _SHUTDOWN_TIMEOUT: Final = 30.0
 """Seconds from ``close`` until the peer's close_notify; asyncio's default."""
 
@@ -117,7 +117,8 @@ class SecureTransport(transports._FlowControlMixin):
         return self._life.engine.session
 
     def export(self, label: bytes, context: bytes, length: int) -> Secret:
-        """Keying material for a protocol above: ``length`` bytes (RFC 9846 section 7.5).
+        """Exported keying material for an application protocol: ``length`` bytes (RFC 9846 section
+        7.5).
 
         Raises:
             LocalStateError: the handshake is not complete, or the connection was closed.
@@ -145,7 +146,7 @@ class SecureTransport(transports._FlowControlMixin):
         return self._life.engine.pad if pads is None else pads.budget
 
     def update_keys(self, *, request_peer: bool = False) -> None:
-        """Change our sending key, and ask the peer for the same (RFC 9846 section 4.7.3).
+        """Change our sending key and ask the peer to change its key (RFC 9846 section 4.7.3).
 
         If Extended Key Update was negotiated, this starts one, with a QKD key if the policy uses
         them. When it is complete, :attr:`session` has another epoch.
@@ -156,7 +157,10 @@ class SecureTransport(transports._FlowControlMixin):
         engine, renewer = self._life.engine, self._life.renewer
         if renewer is not None and renewer.extended:
             if engine.close_sent:
-                raise LocalStateError("a key update is started between handshake and close")
+                raise LocalStateError(
+                    "a key update can start only after the handshake and before the connection is "
+                    "closed"
+                )
             renewer.update()
             return
         engine.update_keys(request_peer=request_peer)

@@ -17,7 +17,7 @@ from hybridkex.link.ledger import Direction
 from hybridkex.link.wire import HEADER, LIMITS, VERSION, End, Message, SessionEnded, Type
 
 END_SECONDS = 1.0
-"""Seconds to tell the other party why a session ends."""
+"""Time limit in seconds for telling the other party why a session ends."""
 
 
 class ClassicalChannel:
@@ -45,7 +45,7 @@ class ClassicalChannel:
         self._session = hashlib.sha256(b"".join(parts)).digest()
 
     def begin_block(self, block: int, authenticator: Authenticator) -> None:
-        """Authenticate from here on with this."""
+        """Use this authentication from here on."""
         self._block, self._authenticator, self.forgery = block, authenticator, 0.0
 
     @property
@@ -107,7 +107,7 @@ class ClassicalChannel:
         return parts
 
     async def end(self, error: LinkError) -> None:
-        """Tell the other party why the session ends, if it can still be told."""
+        """Tell the other party why the session ends, if the connection still works."""
         with suppress(LinkError), trio.move_on_after(END_SECONDS, shield=True):
             await self.send(End.because_of(error))
 

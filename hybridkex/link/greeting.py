@@ -1,7 +1,7 @@
 """The greeting: the party that connects authenticates itself to the party that listens.
 
-A connection is no part of a link before its greeting, so whoever else connects uses up nothing and
-ends nothing::
+A connection does not belong to a link before its greeting, so other programs that connect use up
+nothing and end nothing::
 
     connects  kind (C: classical channel, Q: quantum channel), number of the session (16 bytes)
     listens   challenge (32 random bytes)

@@ -137,9 +137,9 @@ class Ledger:
         """The bytes that both parties have in stock, from our positions and theirs.
 
         ``speaks``: our direction. The speaker on a lane uses its bytes first, so the listener
-        continues at the speaker's position. Bytes that only one party has come from a block that
-        the other never finished, and are dropped. Raises ``LedgerLost`` when the positions
-        contradict that order: one party's ledger is an old copy.
+        continues at the speaker's position. Bytes that only one party has are from a block that the
+        other never finished, and are discarded. Raises ``LedgerLost`` when the positions contradict
+        that order: one party's ledger is an old copy.
         """
         agreed = {}
         for lane in Direction:

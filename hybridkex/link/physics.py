@@ -32,7 +32,7 @@ PHOTONS: Final = np.arange(41)
 
 
 class Light(Protocol):
-    """The way of light from Alice to a click at Bob: the fibre, or an eavesdropper on it."""
+    """The path of the light from Alice to a click at Bob: the fibre, or an eavesdropper on it."""
 
     def yields(self, photons: NDArray[np.int64]) -> NDArray[np.float64]:
         """For each photon number, the probability that the pulse makes a signal click."""

@@ -1,4 +1,4 @@
-"""The quantum channel: what Alice sent, what Bob saw, and the simulated fibre in between.
+"""The quantum channel: Alice's record, Bob's detections, and the simulated fibre between them.
 
 After a long fibre about one weak pulse in a thousand is detected. Therefore detections are sampled,
 not pulses: the number of pulses between two detections is geometric, and Bayes' rule gives the

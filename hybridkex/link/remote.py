@@ -121,7 +121,7 @@ async def _announced(
 
 
 async def _exactly(stream: trio.abc.Stream, count: int, *, patient: bool = False) -> bytes:
-    """Receive so many bytes of a message.
+    """Receive the given number of bytes of a message.
 
     ``patient``: there is no limit to the time until its first byte arrives.
     """

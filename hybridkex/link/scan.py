@@ -1,4 +1,4 @@
-"""Results of a link over a grid of settings: the same rows however they are computed.
+"""Results of a link over a grid of settings; the rows do not depend on where they are computed.
 
 A *point* names settings: ``preset``, ``distance_km``, ``block_bits``, ``eve``, ``finite_key``,
 ``leak``, ``tuned``, ``max_qber``, ``tolerance``, ``decoy_check``, or any field of the channel, the
@@ -350,10 +350,10 @@ def scan(
 ) -> list[Row]:
     """The rows of these points, in their order.
 
-    A point with impossible settings has a row without results, and a column :data:`ERROR` that
-    says why; the others go on. ``executor``: where they are computed; ``None``: here, one after the
-    other. ``progress`` is told how many are done. See :func:`evaluate` for the others. Raises
-    ``ConfigError`` if all points are impossible.
+    A point with impossible settings has a row without results, and a column :data:`ERROR` that says
+    why; the others go on. ``executor`` computes them; ``None`` computes them here, one after the
+    other. ``progress`` is called with the number of finished points. See :func:`evaluate` for the
+    others. Raises ``ConfigError`` if all points are impossible.
     """
     tell = progress or (lambda _: None)
     jobs = [partial(_evaluated, one, blocks=blocks, seed=_seed(whole("seed", seed), n))

@@ -45,7 +45,7 @@ def _bootstraps(kind: str, shared: bytes) -> tuple[Ledger | Signatures, Ledger |
 def attack(
     eve: str | None, channel: Channel, transmitter: Source
 ) -> tuple[NoEve | None, int | None]:
-    """What an Eve does: to the light, and the number of the byte for Alice that Eve changes.
+    """The attack of an Eve: on the light, and the number of the byte for Alice that Eve changes.
 
     Raises ``ConfigError`` for an Eve that does not exist, or cannot attack this source.
     """

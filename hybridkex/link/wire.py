@@ -327,7 +327,7 @@ class End:
 
     @classmethod
     def because_of(cls, error: LinkError) -> Self:
-        """What the other party is told of this error."""
+        """The END message for this error."""
         kinds = [kind for kind, _ in REASONS]
         return cls(reason=next(n for n, kind in enumerate(kinds) if isinstance(error, kind)))
 
@@ -339,7 +339,7 @@ class End:
 
     @property
     def words(self) -> str:
-        """What the party that is told reads in its log."""
+        """The text for the log of the party that receives it."""
         return f"the other party ended the session: {REASONS[self.reason][1]}"
 
 
@@ -354,7 +354,7 @@ REASONS: Final[tuple[tuple[type[LinkError], str], ...]] = (
     (NotRandom, "Alice's bits are not random: see its log"),
     (LinkError, "see its log"),
 )
-"""Errors that end a session and what the other party is told of them, the first that fits."""
+"""Errors that end a session, each with the text for the other party; the first match is used."""
 
 
 Message = Hello | Report | Sift | Request | Answer | Corrected | Finish | Verdict | End

@@ -45,6 +45,7 @@ from hybridkex.errors import (
 from hybridkex.files import create_file, read_file
 from hybridkex.machine import writing
 from hybridkex.secret import Secret
+from hybridkex.wire.codec import vector32
 
 NONCE_BYTES: Final = 12
 SEAL_BYTES: Final = NONCE_BYTES + 16
@@ -764,8 +765,4 @@ _CHECK: Final = Secret(b"seal")
 
 def place_of(table: str, *columns: str) -> bytes:
     """The associated data of a sealed key: the table and the columns that identify the row."""
-    place = table.encode()
-    for column in columns:
-        data = column.encode()
-        place += len(data).to_bytes(4) + data
-    return place
+    return table.encode() + b"".join(vector32(column.encode()) for column in columns)

@@ -931,7 +931,7 @@ async def test_no_memory_is_no_internal_error(
         with contextlib.suppress(trio.BrokenResourceError):
             async with await trio.open_unix_socket(outer.path) as stream:
                 assert await stream.receive_some() == b""
-        await trio_until(lambda: "out: a local program: this machine" in caplog.text)
+        await trio_until(lambda: "out: a local program: there is no more memory" in caplog.text)
         nursery.cancel_scope.cancel()
     assert "cut: there is no more memory for the program" in caplog.text
     assert "internal error" not in caplog.text

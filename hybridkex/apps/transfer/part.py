@@ -28,7 +28,7 @@ OPEN_FILE: Final = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 """Non-blocking, in case a named pipe is there."""
 _READ: Final = 1 << 20
 _FLUSHED: Final = 8 << 20
-"""Bytes after which the disk is told to begin."""
+"""Bytes after which writing to the disk is started."""
 _OTHERS: Final = 0o077
 _GRANULARITY: Final = 2 * 10**9
 """Nanoseconds: the coarsest timestamps of a file system in use (FAT)."""

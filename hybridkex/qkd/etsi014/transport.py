@@ -304,8 +304,8 @@ class KmeTransport:
         url: ``https://host:port``.
         handshake: makes a connection secure.
         check: gets the KME's certificate and raises to refuse it.
-        connections: most connections at once; more requests than that wait their turn.
-        max_answer: most bytes of an answer, including headers.
+        connections: the maximum number of connections; further requests wait.
+        max_answer: the maximum length of a response in bytes, including headers.
 
     Raises:
         ConfigError: the URL is not one of that form.

@@ -304,7 +304,7 @@ class SecureListener(Listener[SecureByteStream]):
                 _LINES.log(logging.WARNING, "a handshake was ended: %s", error)
                 return
             except (anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
-                _LINES.log(logging.WARNING, "a handshake failed: %s", error.__cause__ or error)
+                _LINES.log(logging.WARNING, "a handshake failed: %s", broken(error))
                 return
             except Exception as error:  # Its text may quote anything.
                 reason = f"{type(error).__name__} in a PSK source or verifier"
@@ -319,7 +319,8 @@ class SecureListener(Listener[SecureByteStream]):
                     raise
             except* (anyio.BrokenResourceError, anyio.EndOfStream) as group:
                 first = next(leaves(group))
-                reason = broken(first) if str(first) else "the peer ended it"
+                ended = isinstance(first, anyio.EndOfStream)
+                reason = "the peer ended it" if ended else broken(first)
                 _LINES.log(logging.WARNING, "a connection ended early: %s", reason)
 
         full = BoundedLog(_log, rate=1 / 60, burst=1)

@@ -17,7 +17,7 @@ class HybridkexError(Exception):
     """The base class. The text of an error is safe to display; quoted text is escaped."""
 
     def __str__(self) -> str:
-        return printable(super().__str__())
+        return printable(super().__str__() or type(self).__name__)
 
 
 class ConfigError(HybridkexError, ValueError):

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Final
 
 from hybridkex.errors import ConfigError
+from hybridkex.text import said
 
 _ELSEWHERE: Final = "choose another place"
 _ADVICE: Final = {
@@ -69,13 +70,13 @@ def broken(error: BaseException) -> str:
     """Why a connection broke: a message about the innermost cause."""
     cause = error.__cause__ or error
     if not isinstance(cause, OSError):
-        return str(cause) or type(cause).__name__
+        return said(cause)
     if cause.errno in _GONE:
         reason = cause.strerror or type(cause).__name__
         return f"the other end cut the connection ({reason}): its log may say why"
     if cause.errno == errno.ETIMEDOUT:
         return "the other end no longer answers: check whether it runs, and the network between"
-    return cause.strerror or str(cause) or type(cause).__name__
+    return cause.strerror or said(cause)
 
 
 def write_error(what: object, error: OSError, *, elsewhere: str = _ELSEWHERE) -> ConfigError:
@@ -146,7 +147,7 @@ def _named(where: object) -> str:
 
 
 def _said(error: OSError) -> str:
-    reason = error.strerror or str(error) or type(error).__name__
+    reason = error.strerror or said(error)
     advice = _ADVICE.get(error.errno or 0)
     return f"{reason}; {advice}" if advice else reason
 

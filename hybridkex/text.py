@@ -48,6 +48,12 @@ def printable(text: str, *, most: int = MOST) -> str:
     return f"{shown[: most - len(note) - end]}{note}{shown[-end:]}"
 
 
+def said(error: BaseException) -> str:
+    """The text of an exception, or its class's name where it has none, for a message that quotes
+    it."""
+    return str(error) or type(error).__name__
+
+
 def escaped(text: str, *, keep: str = "") -> str:
     r"""Text without control characters or invisible characters, as long as it is.
 
@@ -110,7 +116,9 @@ PRINTABLE: Final = _PrintableRecords()
 
 
 def _argument(value: object) -> object:
-    return value if isinstance(value, int | float | None) else printable(str(value))
+    if isinstance(value, int | float | None):
+        return value
+    return printable(said(value) if isinstance(value, BaseException) else str(value))
 
 
 def get_logger(name: str) -> logging.Logger:

@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "secret": set(),
     "fields": {"errors"},
     "files": {"errors"},
-    "machine": {"errors"},
+    "machine": {"errors", "text"},
     "text": set(),
     "lazy_names": set(),
     "values": set(),

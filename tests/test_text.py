@@ -12,13 +12,16 @@ import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
+import anyio
 import pytest
+import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
 import hybridkex
 from hybridkex import errors
 from hybridkex.cli import main
+from hybridkex.machine import broken
 from hybridkex.text import (
     PRINTABLE,
     PrintableOutput,
@@ -26,6 +29,7 @@ from hybridkex.text import (
     get_logger,
     json_line,
     printable,
+    said,
     terminal,
 )
 
@@ -264,3 +268,32 @@ def test_code_that_draws_on_a_terminal_may_use_any_character(encoding: str) -> N
     drawn.write("· ━ ü 量子")
     drawn.flush()
     assert raw.getvalue() == "· ━ ü 量子".encode(encoding, "backslashreplace")
+
+
+WITHOUT_TEXT = (
+    TimeoutError(),
+    OSError(),
+    MemoryError(),
+    ValueError(""),
+    errors.ConfigError(""),
+    errors.LocalStateError(),
+    trio.BrokenResourceError(),
+    anyio.EndOfStream(),
+)
+
+
+@pytest.mark.parametrize("error", WITHOUT_TEXT, ids=lambda one: type(one).__name__)
+def test_an_exception_without_a_text_is_named(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No message ends after its colon."""
+    name = type(error).__name__
+    get_logger("hybridkex.test").warning("it failed: %s", error)
+    assert caplog.messages == [f"it failed: {name}"]
+    assert said(error) == name
+    assert broken(error) == name
+    cause = RuntimeError()
+    cause.__cause__ = error
+    assert broken(cause) == name
+    if isinstance(error, errors.HybridkexError):
+        assert f"it failed: {error}" == f"it failed: {name}"

@@ -29,6 +29,7 @@ from anyio.streams.tls import TLSAttribute
 
 from hybridkex.anyio import HybridkexAttribute, SecureByteStream
 from hybridkex.errors import ConfigError
+from hybridkex.text import said
 from hybridkex.tls.config import ClientConfig, check_config
 
 __all__ = ["SecureBackend", "SecureTransport", "pool_options"]
@@ -209,4 +210,4 @@ def _errors(late: type[Exception], broken: type[Exception]) -> Iterator[None]:
         anyio.ClosedResourceError,
         ConfigError,  # the name in a URL, which a server's redirect may choose, is none
     ) as error:
-        raise broken(str(error.__cause__ or error)) from error
+        raise broken(said(error.__cause__ or error)) from error

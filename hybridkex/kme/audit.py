@@ -33,7 +33,7 @@ from hybridkex.net.event_loop import checkpoint, in_thread
 from hybridkex.net.log import BoundedLog
 from hybridkex.net.threads import NoThread
 from hybridkex.qkd.call_queue import Call, CallQueue
-from hybridkex.text import get_logger, json_line
+from hybridkex.text import get_logger, json_line, said
 
 LOG: Final = get_logger(__name__)
 
@@ -123,7 +123,7 @@ class AuditTrail:
                 )
             self._failing = True
             for call in group:
-                call.fail(KeySourceUnavailable(f"the audit trail failed: {error}"))
+                call.fail(KeySourceUnavailable(f"the audit trail failed: {said(error)}"))
         else:
             if self._failing:
                 self._log.log(logging.WARNING, "the audit trail in %s works again", self._folder)

@@ -51,7 +51,7 @@ from hybridkex.net.sockets import keep_alive
 from hybridkex.net.supervisor import Supervisor
 from hybridkex.net.threads import NoThread
 from hybridkex.qkd.producer import ProducedKey
-from hybridkex.text import get_logger
+from hybridkex.text import get_logger, said
 
 LOG: Final = get_logger(__name__)
 NAME: Final = "QKD link"
@@ -527,7 +527,7 @@ def _no_greeting(error: BaseException) -> str:
         return broken(error)
     reason = next(leaves(error.__cause__ or error))
     code, words = getattr(reason, "errno", None) or 0, getattr(reason, "strerror", None)
-    return os.strerror(code) if code > 0 else words or str(reason)  # trio's repeat the address
+    return os.strerror(code) if code > 0 else words or said(reason)  # trio's repeat the address
 
 
 def link_signatures(config: KmeConfig, peer: PeerConfig) -> Signatures:

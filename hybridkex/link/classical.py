@@ -15,6 +15,7 @@ from hybridkex.errors import LinkError
 from hybridkex.link.authentication import Authenticator, collision_probability
 from hybridkex.link.ledger import Direction
 from hybridkex.link.wire import HEADER, LIMITS, VERSION, End, Message, SessionEnded, Type
+from hybridkex.text import said
 
 END_SECONDS = 1.0
 """Time limit in seconds for telling the other party why a session ends."""
@@ -142,4 +143,4 @@ class ClassicalChannel:
         except trio.TooSlowError:
             raise LinkError("the other party does not answer") from None
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            raise LinkError(f"the classical channel broke: {error}") from None
+            raise LinkError(f"the classical channel broke: {said(error)}") from None

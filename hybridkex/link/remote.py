@@ -25,6 +25,7 @@ from hybridkex.link.quantum import Detections, Detector
 from hybridkex.link.wire import pack_bits, unpack_bits
 from hybridkex.machine import leaves
 from hybridkex.net.reading import EndOfStream, read_exactly
+from hybridkex.text import said
 
 REQUEST: Final = struct.Struct(">QI")
 """Number of the request, count of detections."""
@@ -61,7 +62,7 @@ class RemoteDetector:
             packed = -(-count // 8)
             data = await _exactly(self._stream, 8 * count + 2 * packed)
         except trio.BrokenResourceError as error:
-            raise LinkError(f"the quantum channel broke: {error}") from None
+            raise LinkError(f"the quantum channel broke: {said(error)}") from None
         pulse = np.frombuffer(data[: 8 * count], dtype="<i8").astype(np.int64)
         if int(pulse[0]) < 0 or bool((pulse[1:] <= pulse[:-1]).any()):
             raise LinkError("the quantum channel gave malformed detections")
@@ -93,7 +94,7 @@ async def serve_detector(link: Detector, stream: trio.abc.Stream, *, most: int) 
                 + pack_bits(detections.bit)
             )
     except trio.BrokenResourceError as error:
-        raise LinkError(f"the quantum channel broke: {error}") from None
+        raise LinkError(f"the quantum channel broke: {said(error)}") from None
 
 
 async def _announced(

@@ -38,6 +38,7 @@ from hybridkex.net.pending import (
     RETRY_SECONDS,
     PendingConnections,
 )
+from hybridkex.text import said
 
 HANDSHAKE_SECONDS: Final = 10.0
 """Default time until a connection has authenticated, from the moment that it has a place."""
@@ -348,7 +349,7 @@ def _reason(error: BaseException) -> str:
         return cause.strerror
     if isinstance(cause, MemoryError):
         return "out of memory"
-    return str(cause) or type(cause).__name__
+    return said(cause)
 
 
 def _place(error: BaseException) -> str:

@@ -45,7 +45,7 @@ from hybridkex.qkd.store import (
     place_of,
 )
 from hybridkex.secret import Secret
-from hybridkex.text import get_logger
+from hybridkex.text import get_logger, said
 
 LOG: Final = get_logger(__name__)
 
@@ -857,4 +857,4 @@ def _reason(error: Exception) -> str:
         return "a key in it is damaged or altered"
     if isinstance(error, _DAMAGE) and not isinstance(error, ConfigError):
         return "its content is damaged"
-    return "out of memory" if isinstance(error, MemoryError) else str(error)
+    return "out of memory" if isinstance(error, MemoryError) else said(error)

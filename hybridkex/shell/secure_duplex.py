@@ -38,6 +38,7 @@ from hybridkex.shell.answers import CODE_FAILED, Answers
 from hybridkex.shell.key_renewer import KeyRenewer
 from hybridkex.shell.pad_filler import PadFiller
 from hybridkex.shell.secure_pipe import SecurePipe
+from hybridkex.text import said
 from hybridkex.tls.config import ClientConfig, ServerConfig
 from hybridkex.tls.connection import ClientConnection, ServerConnection, connection_for
 from hybridkex.tls.events import ApplicationData, PskWanted, SessionProposed, TicketReceived
@@ -593,7 +594,7 @@ class SecureDuplex:
 
     def _broken(self, cause: BaseException) -> Exception:
         """The ``BrokenResourceError`` of the library for the reason of a failure."""
-        error: Exception = self._lib.BrokenResourceError(str(cause))
+        error: Exception = self._lib.BrokenResourceError(said(cause))
         return error
 
     def _check_usable(self) -> None:

@@ -38,7 +38,7 @@ from hybridkex import (
     ServerConfig,
     TrustStore,
 )
-from hybridkex.adapters.httpx import SecureBackend, SecureTransport, pool_options
+from hybridkex.adapters.httpx import SecureBackend, SecureTransport, _errors, pool_options
 from hybridkex.adapters.hypercorn import serve
 from hybridkex.adapters.uvicorn import secure_http
 from hybridkex.aio import SecureProtocolError, open_connection, start_server
@@ -746,3 +746,16 @@ def test_a_request_that_came_whole_before_a_reset(monkeypatch: pytest.MonkeyPatc
 
     asyncio.run(main())
     assert got == [b"request"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [anyio.BrokenResourceError(), anyio.ClosedResourceError(), OSError()],
+    ids=lambda one: type(one).__name__,
+)
+def test_an_error_of_httpx_has_a_text(error: Exception) -> None:
+    with (
+        pytest.raises(httpcore.ReadError, match=type(error).__name__),
+        _errors(httpcore.ReadTimeout, httpcore.ReadError),
+    ):
+        raise error

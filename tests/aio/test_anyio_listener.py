@@ -1,5 +1,6 @@
 """An anyio server goes on, whatever its peers do and however many they are."""
 
+import contextlib
 import gc
 import logging
 import os
@@ -11,6 +12,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 import anyio
+import anyio.lowlevel
 import pytest
 from aio_glue import Crowd, hello_of
 
@@ -369,3 +371,71 @@ def test_a_name_that_is_none_leaves_no_connection(backend: str) -> None:
                 await tcp.send(b"x")
 
     anyio.run(main, backend=backend)
+
+
+class Mute(anyio.abc.ByteStream):
+    """Breaks without a text, as anyio's own streams do."""
+
+    def __init__(self, cause: Exception | None) -> None:
+        self._cause = cause
+
+    async def receive(self, max_bytes: int = 65536) -> bytes:
+        raise anyio.BrokenResourceError from self._cause
+
+    async def send(self, item: bytes) -> None: ...
+    async def send_eof(self) -> None: ...
+    async def aclose(self) -> None: ...
+
+
+class One(anyio.abc.Listener["anyio.abc.ByteStream"]):
+    """Accepts one connection."""
+
+    def __init__(self, stream: "anyio.abc.ByteStream") -> None:
+        self._stream = stream
+
+    async def serve(self, handler: object, task_group: object = None) -> None:
+        await handler(self._stream)  # type: ignore[operator]
+
+    async def aclose(self) -> None: ...
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cause", [None, TimeoutError(), ValueError("why")], ids=repr)
+def test_the_log_says_why_a_handshake_failed(
+    backend: str, cause: Exception | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        with anyio.fail_after(20):
+            await SecureListener(One(Mute(cause)), SERVER).serve(
+                lambda stream: anyio.lowlevel.checkpoint()
+            )
+
+    anyio.run(main, backend=backend)
+    [line] = [one.message for one in caplog.records if one.name == "hybridkex.anyio"]
+    reason = "BrokenResourceError" if cause is None else str(cause) or type(cause).__name__
+    assert line == f"a handshake failed: {reason}"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cause", [None, TimeoutError(), ValueError("why")], ids=repr)
+def test_the_log_says_why_a_connection_ended_early(
+    backend: str, cause: Exception | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def handler(stream: SecureByteStream) -> None:
+        raise anyio.BrokenResourceError from cause
+
+    async def main() -> None:
+        async with (
+            SecureListener(await one_port(), SERVER) as listener,
+            anyio.create_task_group() as group,
+        ):
+            group.start_soon(listener.serve, handler)
+            with contextlib.suppress(anyio.BrokenResourceError):
+                async with await connect(port_of(listener)) as stream:
+                    await stream.receive()
+            group.cancel_scope.cancel()
+
+    anyio.run(main, backend=backend)
+    [line] = [one.message for one in caplog.records if one.name == "hybridkex.anyio"]
+    reason = "BrokenResourceError" if cause is None else str(cause) or type(cause).__name__
+    assert line == f"a connection ended early: {reason}"

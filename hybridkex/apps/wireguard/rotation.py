@@ -33,7 +33,7 @@ from hybridkex.errors import (
     TruncationError,
 )
 from hybridkex.net.log import BoundedLog
-from hybridkex.text import get_logger
+from hybridkex.text import get_logger, said
 
 LABEL: Final = b"hybridkex wireguard psk v2"
 """The label of the exchange between two ends of this library."""
@@ -219,7 +219,7 @@ class Rotator:
                     word = bytes(await stream.receive_some(1))
             except trio.BrokenResourceError as error:
                 raise TruncationError(
-                    f"the responder did not confirm that it installed the key: {error}"
+                    f"the responder did not confirm that it installed the key: {said(error)}"
                 ) from None
             if not word:
                 raise TruncationError(
@@ -257,7 +257,7 @@ class Rotator:
             await stream.send_all(_INSTALLED)
         except trio.BrokenResourceError as error:
             raise TruncationError(
-                f"the peer disconnected and may not have installed the key: {error}"
+                f"the peer disconnected and may not have installed the key: {said(error)}"
             ) from None
         return self._rotated(result)
 

@@ -24,7 +24,7 @@ from hybridkex.files import reserve_file
 from hybridkex.link.ranges import PICTURES, file_kind
 from hybridkex.link.scan import ERROR, SUFFIXES, failed, grid, read_scan, scan, write_scan
 from hybridkex.machine import writing
-from hybridkex.text import printable
+from hybridkex.text import printable, said
 
 CONNECT_SECONDS: Final = 10
 WORKER_SECONDS: Final = 5
@@ -167,7 +167,7 @@ def dask_executor(address: str) -> Iterator[Executor]:
     try:
         client: Any = Client(address, timeout=CONNECT_SECONDS)  # type: ignore[no-untyped-call]
     except (OSError, ValueError, TimeoutError) as error:
-        raise ConfigError(f"cannot reach the Dask cluster at {address}: {error}") from None
+        raise ConfigError(f"cannot reach the Dask cluster at {address}: {said(error)}") from None
     with silenced("distributed.client"), client:
         try:
             client.wait_for_workers(1, timeout=WORKER_SECONDS)

@@ -32,6 +32,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from hybridkex.errors import DecodeError, RecordingError
+from hybridkex.text import said
 from hybridkex.wire.codec import Reader
 
 _NONCE: Final = 12
@@ -91,7 +92,7 @@ class Knowledge:
                     loot = {name: bytes.fromhex(value) for name, value in item.items()}
                     known.sessions[loot.pop("random")] = loot
         except (OSError, ValueError, KeyError, sqlite3.Error) as error:
-            raise RecordingError(f"cannot use what was stolen: {error}") from error
+            raise RecordingError(f"cannot use what was stolen: {said(error)}") from error
         return known
 
     def copy(self) -> "Knowledge":

@@ -6,7 +6,6 @@ counterpart at the peer are filled by ``hybridkex kme export-pool``.
 """
 
 import os
-import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Self
 
 from hybridkex.errors import ConfigError, KeySourceExhausted
 from hybridkex.qkd.source import KeyPart, KeyReference, QkdKey, SourceStatus, single
-from hybridkex.qkd.sqlite_store import SqliteKeyStore
+from hybridkex.qkd.sqlite_store import SqliteKeyStore, readable
 from hybridkex.qkd.store import Allotment, read_key_file
 
 __all__ = ["FilePool", "PoolNames"]
@@ -79,13 +78,8 @@ class FilePool:
             raise ConfigError(f"there is no key pool {path}, or it is empty")
         store = SqliteKeyStore(path, read_key_file(key_file))
         try:
-            return cls(store, _settle_names(store, path, names))
-        except UnicodeDecodeError as error:  # of a message that quotes the file
-            store.close()
-            raise ConfigError(f"cannot use the key pool {path}: its content is damaged") from error
-        except sqlite3.Error as error:
-            store.close()
-            raise ConfigError(f"cannot use the key pool {path}: {error}") from error
+            with readable(f"cannot use the key pool {path}"):
+                return cls(store, _settle_names(store, path, names))
         except BaseException:
             store.close()
             raise

@@ -148,10 +148,8 @@ class SqliteKeyStore(KeyStore):
         """Whether the connection is open and prepared; it may fail to be opened again."""
         self._db = open_locked(path)
         try:
-            self._enter()
-        except sqlite3.Error as error:
-            self._db.close()
-            raise ConfigError(f"cannot use the key store {path}: {_reason(error)}") from error
+            with readable(f"cannot use the key store {path}"):
+                self._enter()
         except BaseException:
             self._db.close()
             raise
@@ -770,21 +768,31 @@ def check_store(path: Path, keys: Seal) -> None:
     """
     if not path.exists():
         return
-    try:
+    with readable(f"cannot use the key store {path}"):
         try:
             with closing(open_locked(path, create=False)) as db:
                 _check_content(db, path, keys)
         except FileInUse:
             _check_unlocked(path, keys)
-    except sqlite3.Error as error:
-        raise ConfigError(f"cannot use the key store {path}: {_reason(error)}") from error
+
+
+@contextmanager
+def readable(otherwise: str) -> Iterator[None]:
+    """Within the block a database is read. Whatever SQLite or the content of a damaged file raises
+    becomes a ``ConfigError`` that begins with ``otherwise``."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (sqlite3.Error, *_DAMAGE) as error:
+        raise ConfigError(f"{otherwise}: {_reason(error)}") from error
 
 
 def _check_unlocked(path: Path, keys: Seal) -> None:
-    """Raises ``ConfigError`` or ``sqlite3.Error``, if it does so again: a page may be in transit,
-    and the newest record of the sealing keys in the write-ahead log."""
+    """Raises what reading raises, if it does so again: a page may be in transit, and the newest
+    record of the sealing keys in the write-ahead log."""
     for wait in UNLOCKED_WAITS:
-        with suppress(sqlite3.Error, ConfigError), closing(open_unlocked(path)) as db:
+        with suppress(sqlite3.Error, *_DAMAGE), closing(open_unlocked(path)) as db:
             _check_content(db, path, keys)
             return
         time.sleep(wait)

@@ -13,9 +13,9 @@ move is interrupted:
 The rows are copied as they are, encrypted: both stores identify a row to the cipher alike.
 """
 
-import sqlite3
 import uuid
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from typing import Any
 from hybridkex.errors import ConfigError
 from hybridkex.qkd.postgres_store import MOVED, PostgresKeyStore
 from hybridkex.qkd.sqlite_schema import ANY_LINK
-from hybridkex.qkd.sqlite_store import SqliteKeyStore
+from hybridkex.qkd.sqlite_store import SqliteKeyStore, readable
 from hybridkex.secret import Secret
 
 
@@ -66,7 +66,7 @@ def move(
     if not path.exists():
         raise ConfigError(f"there is no key store {path}")
     source = SqliteKeyStore(path, seal_key, read_keys=read_keys, moving=True)
-    try:
+    with closing(source), readable(f"cannot move the keys of {path}"):
         if source.meta("moved"):
             return None
         if source.is_renewing():
@@ -77,14 +77,8 @@ def move(
         name = source.meta("id") or str(uuid.uuid4())
         source.set_meta({"id": name})
         target = PostgresKeyStore(url, seal_key, owner=owner, connections=1, source=name)
-        try:
+        with closing(target):
             return _move(path, source, target, sorted(links))
-        finally:
-            target.close()
-    except sqlite3.Error as error:
-        raise ConfigError(f"cannot move the keys of {path}: {error}") from error
-    finally:
-        source.close()
 
 
 def _move(path: Path, source: SqliteKeyStore, target: PostgresKeyStore, links: list[str]) -> Moved:

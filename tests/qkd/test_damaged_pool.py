@@ -13,10 +13,12 @@ import trio
 from hybridkex.errors import ConfigError, KeySourceError
 from hybridkex.qkd.pool import FilePool, PoolNames
 from hybridkex.qkd.source import KeyPart, QkdKey
+from hybridkex.qkd.sqlite_store import check_store
+from hybridkex.qkd.store import Seal, read_key_file
 from hybridkex.secret import Secret
 
 NAMES = PoolNames(kme="A", peer_kme="B", sae="alice", peer_sae="bob")
-ODD = (None, 1.5, float("inf"), "", "[1]", b"\xff" * 40)
+ODD = (None, 1.5, float("inf"), "", "[1]", '["zz"]', "{", b"\xff" * 40)
 THEIRS = "11111111-1111-4111-8111-111111111111"
 
 
@@ -56,6 +58,10 @@ def use(path: Path) -> None:
     trio.run(main)
 
 
+def check(path: Path) -> None:
+    check_store(path, Seal(read_key_file(path.with_name("key"))))
+
+
 def columns(path: Path) -> list[tuple[str, str]]:
     with sqlite3.connect(path) as db:
         tables = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE sql != ''")]
@@ -89,10 +95,11 @@ def test_any_value_in_any_column(pool: Path) -> None:
                 continue
             finally:
                 db.close()
-            try:
-                use(pool)
-            except (ConfigError, KeySourceError):
-                failed += 1
+            for act in (check, use):
+                try:
+                    act(pool)
+                except (ConfigError, KeySourceError):
+                    failed += act is use
     assert failed > 30
 
 
@@ -107,8 +114,9 @@ def test_bytes_that_are_damaged(pool: Path, tmp_path: Path) -> None:
         here.mkdir()
         shutil.copy(pool.with_name("key"), here)
         (here / "pool").write_bytes(damaged)
-        try:
-            use(here / "pool")
-        except (ConfigError, KeySourceError):
-            failed += 1
+        for act in (check, use):
+            try:
+                act(here / "pool")
+            except (ConfigError, KeySourceError):
+                failed += act is use
     assert failed > 20

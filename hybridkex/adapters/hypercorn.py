@@ -70,14 +70,14 @@ async def serve(
     settings, state = settings or Config(), dict[str, Any]()
     time_limits(settings.ssl_handshake_timeout, None)
     loop, wrapped = asyncio.get_running_loop(), wrap_app(app, settings.wsgi_max_body_size, None)
-    context, places, transports = WorkerContext(None), Places(), set[_Transport]()
+    context, transports = WorkerContext(None), set[asyncio.Transport]()
+    places = Places(transports)
     served, tasks = set[asyncio.BaseTransport](), set[asyncio.Task[Any]]()
 
     def accept() -> asyncio.BaseProtocol:
         _, protocol = stream_protocol(connected)
         limit = settings.ssl_handshake_timeout
-        transport = _Transport(protocol, config, ssl_handshake_timeout=limit, places=places)
-        transport.register_in(transports)
+        transport = SecureTransport(protocol, config, ssl_handshake_timeout=limit, places=places)
         return transport.receiver
 
     def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -132,7 +132,7 @@ async def serve(
 
 
 async def _end(
-    transports: "set[_Transport]",
+    transports: set[asyncio.Transport],
     served: "set[asyncio.BaseTransport]",
     tasks: "set[asyncio.Task[Any]]",
     seconds: float,
@@ -151,13 +151,6 @@ async def _end(
     await _cancel(tasks)
     while transports:
         await _wait((), 0)
-
-
-class _Transport(SecureTransport):
-    """A transport that is in a register while it has a connection."""
-
-    def register_in(self, transports: "set[_Transport]") -> None:
-        self._life.register = transports
 
 
 async def _wait(tasks: _Tasks, seconds: float) -> bool:

@@ -37,9 +37,15 @@ class PendingHandshake(Protocol):
 
 
 class Places:
-    """The places of one server. It is made in the server's event loop."""
+    """The places of one server. It is made in the server's event loop.
 
-    def __init__(self) -> None:
+    Args:
+        register: holds the transport of each connection of the server, from its beginning to
+            ``connection_lost``.
+    """
+
+    def __init__(self, register: set[asyncio.Transport] | None = None) -> None:
+        self.register: Final = register
         self._loop: Final = asyncio.get_running_loop()
         self._budget: Final = Budget(
             share(HANDSHAKES), what="handshakes", patience=PATIENCE, freed=self._freed

@@ -97,6 +97,7 @@ class SecureTransport(transports._FlowControlMixin):
             ready=ready,
         )
         life.handshake = Handshake(life, handshake, places)
+        life.register = None if places is None else places.register
         self._life: Final = life
         self.receiver: Final = life.reading
         self._writing: Final = life.writing

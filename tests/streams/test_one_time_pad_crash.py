@@ -222,7 +222,7 @@ class Ends:
         for one in range(number):
             self.start()
             before = uses_in(self._folder)
-            time.sleep(self._rng.uniform(0.1, 0.6))
+            time.sleep(self._rng.uniform(0.05, 0.35))
             if one % 2:  # a slow machine, too, comes to use its keys
                 wait_for_uses(self._folder, before + 8)
             for who in self._rng.choice((["alice"], ["bob"], ["alice", "bob"])):

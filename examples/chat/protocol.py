@@ -52,7 +52,7 @@ _LENGTH: Final = struct.Struct(">I")
 
 
 class ChatError(HybridkexError):
-    """The conversation cannot go on; the text says why."""
+    """The conversation cannot continue; the text says why."""
 
 
 class ProtocolError(ChatError):
@@ -111,7 +111,7 @@ class Welcome:
     """Where the entries that follow begin."""
     room: str
     resumed: bool
-    """Whether the server knows the client; if not, its numbers begin anew."""
+    """Whether the server knows the client; if not, its numbers start over."""
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,7 @@ async def _end(
     for transport in set(transports):
         transport.abort()
     # Under HTTP/2, an application that is cancelled before hypercorn has told it that the
-    # connection is lost waits for ever to send its last event.
+    # connection is lost waits forever to send its last event.
     await _wait(tasks, _LOST_SECONDS)
     await _cancel(tasks)
     while transports:

@@ -1,6 +1,6 @@
 """One log line when the servers of an asyncio loop lack descriptors or memory.
 
-asyncio's accept loop goes on through its whole backlog after EMFILE (accept(2)), and gives the
+asyncio's accept loop continues through its whole backlog after EMFILE (accept(2)), and gives the
 loop's exception handler one traceback for each connection that it could not accept, again at every
 retry. It waits a second between two retries and recovers by itself. uvloop closes the connections
 that it has no descriptor for, without a log line.

@@ -70,7 +70,7 @@ def notify(*fields: str) -> None:
             sender.connect(address)
             sender.sendall("\n".join(fields).encode())
         except OSError:
-            # Without a listener the service goes on.
+            # Without a listener the service continues.
             return
 
 

@@ -49,7 +49,10 @@ _ADVICE: Final = {
     errno.ETIMEDOUT: "check the address, the route and the firewalls",
     errno.EADDRINUSE: "another program listens there: choose another port, 0 picks one",
     errno.EADDRNOTAVAIL: "this machine has no such address, see 'ip address'",
-    errno.ENOENT: "the socket's folder, or the program that makes the socket, is not there",
+    errno.ENOENT: (
+        "the folder of the socket does not exist, or the program that creates the socket does not "
+        "run"
+    ),
     errno.EACCES: "ports below 1024 need root or CAP_NET_BIND_SERVICE, Unix sockets permission to "
     "write to their folder",
 }

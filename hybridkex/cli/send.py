@@ -21,7 +21,7 @@ class SendOptions:
         "the name in the receiver's certificate, if not HOST", metavar="NAME"
     )
     retries: int = option(
-        "give up after this many connections in a row without progress (default: 8)", default=8
+        "give up after this many consecutive connections without progress (default: 8)", default=8
     )
     patience: float = option(
         "how long the receiver may be alive without progress, plus 1 s for each 4 MB of the "

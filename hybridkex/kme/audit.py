@@ -39,7 +39,7 @@ LOG: Final = get_logger(__name__)
 
 SUFFIX: Final = ".audit"
 GROUP: Final = 1024
-"""Most records of one write."""
+"""The maximum number of records of one write."""
 TAIL_BYTES: Final = 1 << 20
 """More than any record has."""
 FILE_BYTES: Final = 1 << 28
@@ -291,7 +291,7 @@ def _records(path: Path, found: Findings) -> Iterator[tuple[str, dict[str, Any]]
             except (ValueError, KeyError, TypeError):
                 whole, right = line.endswith(b"\n"), False
             if not whole and not right:
-                # What a crash leaves; a line that was there before is missed by its hash.
+                # A crash leaves such a line; the hash of a line that existed before is missed.
                 return
             if not right:
                 found.problems.append(

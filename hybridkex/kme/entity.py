@@ -96,8 +96,9 @@ SHORT_AT_ONCE: Final = 1000
 
 VOIDS_RATE: Final = 1.0
 VOIDS_BURST: Final = 10_000
-"""Most unknown IDs of one peer KME's void messages that are recorded, per second and at once. The
-record of an ID that is still in transit only saves a comparison of the stores."""
+"""The maximum number of unknown IDs in one peer KME's void messages that are recorded, per second
+and in a burst. The record of an ID that is still in transit only saves a comparison of the
+stores."""
 
 EXCESS: Final = {
     "rate": "requests above limits.peer_rate; they get 503",
@@ -137,7 +138,7 @@ class _Link:
     """Held while a message of the other KME is read and carried out: it has many connections, and
     our SAEs must not wait for more than one of its messages."""
     next_check: float = 0.0
-    """When our blocks are to be compared with the other end's again."""
+    """When our blocks must be compared with the other end's again."""
     gone: int = 0
     """Blocks that have left the stock since the start, as far as they were noted."""
     awaited: int = 0
@@ -246,7 +247,7 @@ class KeyManagementEntity:
         async def look(link: _Link) -> None:
             found[link.target] = await self._hindrance(link)
 
-        async with trio.open_nursery() as nursery:  # one KME that is silent delays no other's
+        async with trio.open_nursery() as nursery:  # a silent KME must not delay the others
             for link in self._links.values():
                 nursery.start_soon(look, link)
         return found
@@ -744,7 +745,7 @@ class KeyManagementEntity:
             nursery.start_soon(self._renew_when_asked)
             nursery.start_soon(_repeated, TIDY_EVERY, self._store.tidy)
             nursery.start_soon(_repeated, every, self._expire, every)
-            for link in self._links.values():  # one KME that is away delays no other's
+            for link in self._links.values():  # an unavailable KME must not delay the others
                 nursery.start_soon(_repeated, every, self._count_and_reconcile, link)
 
     async def _expire(self, every: float) -> None:
@@ -812,7 +813,7 @@ class KeyManagementEntity:
             await self.reconcile(link.target, grace=self.limits.sync_grace)
         except BaseException:
             with trio.CancelScope(shield=True), suppress(KeySourceUnavailable):
-                await self._store.settle(job, 0)  # at the next opportunity, by anybody
+                await self._store.settle(job, 0)  # at the next opportunity, by any process
             raise
         await self._store.settle(job, CHECK_EVERY)
 
@@ -831,7 +832,7 @@ async def _recorded(
 
 
 async def _repeated(every: float, work: Callable[..., Awaitable[None]], *arguments: object) -> None:
-    """Do something again and again, also while the store or the other end of a link is away."""
+    """Repeat a task, also while the store or the other end of a link is unavailable."""
     while True:
         with suppress(KeySourceUnavailable):  # it is logged where it arises
             await work(*arguments)

@@ -65,14 +65,14 @@ SLOW: Final = 60.0
 PAUSE: Final = 1.0
 """Seconds before the next attempt, after an aborted block or a broken connection."""
 LONG_PAUSE: Final = 10.0
-"""Seconds before the next attempt if an operator must restart the KMEs, because the authentication
+"""Seconds before the next attempt if an operator must restart the KMEs because the authentication
 key is used up or lost."""
 LONGEST_PAUSE: Final = 600.0
 """The maximum time that Bob waits if attempts use up authentication key without a block, in
 seconds."""
 FRUITLESS: Final = 2
-"""Such attempts in a row after which Bob waits longer. An attempt is a block that is given up or a
-session that ends."""
+"""The number of consecutive attempts of this kind after which Bob waits longer. An attempt is an
+abandoned block or a session that ends."""
 LONGER: Final = 4.0
 """Factor from one of these waits to the next."""
 ALONE: Final = 10.0
@@ -191,7 +191,7 @@ class PairFeed:
     """Both ends of a link within one process.
 
     Args:
-        make: makes the link, anew for each session: both ends begin again together.
+        make: creates the link, once for each session: both ends begin again together.
     """
 
     def __init__(self, make: Callable[[], SimulatedLink], *, name: str = NAME) -> None:
@@ -293,9 +293,9 @@ class PartyFeed:
             return
         pause = min(PAUSE * LONGER ** (self._fruitless - 1), LONGEST_PAUSE)
         LOG.warning(
-            "%s: %d attempts in a row used authentication key and made no block; %d bytes of "
-            "it are left; the next attempt in %g s: find out who or what disturbs the light or "
-            "cuts the connection, before the link stops",
+            "%s: %d consecutive attempts used authentication key and made no block; %d bytes of it "
+            "are left; the next attempt in %g s: find out who or what disturbs the light or cuts "
+            "the connection, before the link stops",
             *(self._name, self._fruitless, self.ledger.balance, pause),
         )
         await trio.sleep(pause)

@@ -40,7 +40,7 @@ IDS_AT_ONCE: Final = 1000
 """Most IDs in one void or check message: another KME must not occupy the store for long."""
 
 BLOCKS_AT_ONCE: Final = 1 << 13
-"""Most blocks in one ext_keys message, for the same reason."""
+"""The maximum number of blocks in one ext_keys message, for the same reason."""
 
 MAX_ANSWER_BYTES: Final = 1 << 20
 """The longest answer of another KME: a refusal names every block of a message, with its state,

@@ -321,7 +321,7 @@ class KmeServer:
             for peer in config.peer:
                 if peer.producer == "link":
                     if peer.url is None and config.id > peer.id:
-                        continue  # both ends are made at once
+                        continue  # both ends are created at the same time
                     feed = _link_feed(config, peer, self.metrics)
                     links.append(feed.run)
                     found.append((config.id, peer.id, feed.ends[0], True))

@@ -21,9 +21,9 @@ T = TypeVar("T")
 _Soon: TypeAlias = Callable[[Callable[[], object]], object]
 
 THREAD_SECONDS: Final = 10.0
-"""For which a blocking call waits for a worker where no new one can be started."""
+"""How long, in seconds, a blocking call waits for a worker if no new one can be started."""
 LOOK_SECONDS: Final = 0.5
-"""Between two looks at a call whose caller has been cancelled."""
+"""Seconds between two checks of a call whose caller has been cancelled."""
 
 
 def _trio() -> ModuleType | None:
@@ -207,8 +207,8 @@ def _cancellation_of(task: Any) -> tuple[type[BaseException], Callable[[], bool]
 async def shielded(function: Callable[[], Awaitable[T]]) -> T:
     """Run an asynchronous function to completion even if the caller is cancelled.
 
-    On asyncio, a program can cancel all tasks of its loop and go on. The function is started again
-    then, so it must bear that.
+    On asyncio, a program can cancel all tasks of its loop and continue. Then the function is
+    started again, so it must be repeatable.
     """
     if (trio := _trio()) is not None:
         with trio.CancelScope(shield=True):
@@ -243,7 +243,7 @@ class Background:
     Args:
         function: what to run. It handles its own errors: nobody waits for it.
         cancelled: runs if somebody else cancels the task. On asyncio, a program can cancel all
-            tasks of its loop and go on.
+            tasks of its loop and continue.
     """
 
     def __init__(

@@ -89,7 +89,8 @@ async def open_shared_listeners(port: int, *, host: str) -> list[trio.SocketList
 async def check_listening(addresses: Iterable[TcpAddress]) -> None:
     """Check that one process can listen at all of these addresses, by doing so for a moment.
 
-    Where another process listens, it may be the service that is being checked, which goes on.
+    If another process listens there, it may be the service that is being checked; it is not
+    disturbed.
 
     Raises:
         OSError: cannot listen at the address that is its ``filename``.

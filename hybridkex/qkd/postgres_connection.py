@@ -91,7 +91,7 @@ _SETTINGS: Final = {
 
 
 class BoundedConnection(psycopg.Connection[Any]):
-    """A connection that does not wait for ever for a server that neither answers nor fails."""
+    """A connection that does not wait indefinitely for a server that neither answers nor fails."""
 
     is_patient = False
     """Whether it does: while tables are converted."""

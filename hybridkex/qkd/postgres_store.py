@@ -59,9 +59,9 @@ T = TypeVar("T")
 _Cursor: TypeAlias = "psycopg.Cursor[Any]"
 
 CONNECTIONS: Final = 8
-"""Most connections of one process to the database."""
+"""The maximum number of connections of one process to the database."""
 WALK_SECONDS: Final = 10.0
-"""How long keys that were released may be passed over while there are others."""
+"""How long released keys may be skipped while there are others, in seconds."""
 HOLD_SECONDS: Final = 30.0
 """How long a reservation lasts if its process does not end it: longer than a request."""
 MOVED: Final = {
@@ -149,7 +149,7 @@ class PostgresKeyStore(KeyStore):
         self._generation = -1
         """The generation of the record for which ``_seal`` was made from ``_keys``."""
         self._walked = -1
-        """The generation at which the keys have been encrypted anew."""
+        """The generation at which the keys have been encrypted again."""
         self._owner = owner
         self._on_failure = on_failure
         self._failing = False

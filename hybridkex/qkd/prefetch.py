@@ -21,7 +21,7 @@ class PrefetchConfig:
     low: int = 2
     """Low watermark: the stock is refilled below this."""
     high: int = 8
-    """High watermark: the cap of the stock, and the most keys that a crash loses."""
+    """High watermark: the maximum of the stock, and of the keys that a crash loses."""
     ttl: float = 300.0
     """Seconds after which an unused key is discarded."""
     retry_after: float = 1.0

@@ -20,7 +20,7 @@ BATCH: Final = 64
 """Keys per batch of a random producer: one durable write of the key store."""
 
 MAX_LEAD: Final = 1
-"""Most batches by which one end of a random link may be ahead of the other."""
+"""The maximum number of batches by which one end of a random link may be ahead of the other."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -55,7 +55,7 @@ _CONTEXT: Final = b"hkx-qkd ctx\x01"
 _UPDATE_CONTEXT: Final = b"hkx-qkd upd\x01"
 
 MAX_PARTS: Final = 8
-"""Most parts of a key's name: each costs a look-up."""
+"""The maximum number of parts of a key's name: each costs a look-up."""
 
 
 def as_psk(key: QkdKey) -> ExternalPsk:

@@ -62,7 +62,8 @@ _DAMAGE: Final = (ArithmeticError, AttributeError, InvalidTag, LookupError, Type
 Python's module decodes even its messages, which may quote the file."""
 
 GROUP_KEYS: Final = 1024
-"""Most keys of a group of several calls: how much work others may have to wait for."""
+"""The maximum number of keys in a group of several calls, which bounds how long other calls
+wait."""
 ROWS: Final = 64
 """Rows that one statement inserts."""
 
@@ -442,7 +443,7 @@ class SqliteKeyStore(KeyStore):
             self._unscrubbed = self._stale = bool(busy)
 
     async def tidy(self) -> None:
-        """Write the log into the database, so that it is begun anew and overwritten; once nothing
+        """Write the log into the database, so that it starts over and is overwritten; when nothing
         new is written, empty it.
 
         A log that keeps its blocks on the disk is flushed several times as fast as one that grows.

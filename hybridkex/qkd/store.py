@@ -189,7 +189,7 @@ class KeyStore(ABC):
             after: the position that the previous call returned; ``None``: begin.
 
         Returns:
-            The IDs, which may be none, and the position to go on from; ``None`` at the end.
+            The IDs, possibly none, and the position to continue from; ``None`` at the end.
         """
         half, last = after or (0, 0)
         rows = await self._run(
@@ -448,7 +448,7 @@ class KeyStore(ABC):
         """
 
     async def _renew_rows(self) -> int:
-        """Walk through all keys once. Returns the number of those encrypted anew."""
+        """Walk through all keys once. Returns the number of keys that were encrypted again."""
         renewed = 0
         for part in (self._renew_material, self._renew_grants):
             last: tuple[Any, ...] | None = ()
@@ -516,11 +516,11 @@ class KeyStore(ABC):
 
     @abstractmethod
     def _take(self, db: _Db, link: str, key_ids: Sequence[str]) -> dict[str, tuple[bytes, bool]]:
-        """Remove material. Returns what was there: sealed, and whether it was reserved."""
+        """Remove material. Returns the removed keys, sealed, and whether each was reserved."""
 
     @abstractmethod
     def _take_reserved(self, db: _Db, link: str, key_ids: Sequence[str]) -> dict[str, bytes]:
-        """Remove material that no other process has reserved. Returns what was there, sealed."""
+        """Remove material that no other process has reserved. Returns the removed keys, sealed."""
 
     def _end_reservations(  # noqa: B027  # a mark in the row ends with the row
         self, link: str, key_ids: Iterable[str]
@@ -569,8 +569,8 @@ class KeyStore(ABC):
     def _renew_material(
         self, db: _Db, after: tuple[Any, ...]
     ) -> tuple[tuple[Any, ...] | None, int]:
-        """Encrypt anew at most ``PAGE`` keys after a position. Returns the next position, and how
-        many were encrypted anew."""
+        """Encrypt again at most ``PAGE`` keys after a position. Returns the next position, and the
+        number of keys that were encrypted again."""
 
     @abstractmethod
     def _renew_grants(self, db: _Db, after: tuple[Any, ...]) -> tuple[tuple[Any, ...] | None, int]:

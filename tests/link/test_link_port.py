@@ -475,7 +475,9 @@ async def test_sessions_that_are_cut_use_up_the_ledger_slowly(
         await bob._run_bob()
     pauses = [round(after - before) for before, after in pairwise(began)]
     assert pauses == [1, 1, 17, 1, 65, 257, 601, 601, 1, 1, 17, 65, 257]
-    assert "3 attempts in a row used authentication key and made no block; 464 bytes" in caplog.text
+    assert (
+        "3 consecutive attempts used authentication key and made no block; 464 bytes" in caplog.text
+    )
 
 
 async def test_blocks_that_are_given_up_use_up_the_ledger_slowly(

@@ -168,7 +168,7 @@ class Folder:
         self._remove_abandoned()
 
     def open(self) -> Handles:
-        """The folder and those below it, opened anew."""
+        """Open the folder and return the handles of it and of those below it."""
         return Handles(self._path)
 
     def close(self) -> None:

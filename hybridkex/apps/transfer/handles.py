@@ -100,8 +100,8 @@ class Handles:
             make: create folders that were not offered, private to our user.
 
         Raises:
-            FolderGone: the receiving folder is not there.
-            FileNotFoundError: a folder is not there.
+            FolderGone: the receiving folder does not exist.
+            FileNotFoundError: a folder does not exist.
             OSError: a link or something else is in the way, or may not be entered; the folder for
                 incomplete files is another user's.
         """

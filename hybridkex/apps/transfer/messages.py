@@ -157,9 +157,9 @@ class How(StrEnum):
     NEW = "new"
     """From this transfer, verified."""
     SAME = "same"
-    """It was there, and its content was compared. A folder: it was there."""
+    """It existed, and its content was compared; for a folder: it existed."""
     UNCHANGED = "unchanged"
-    """It was there, with the same size and date; its content was not compared."""
+    """It existed with the same size and date; its content was not compared."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -268,7 +268,7 @@ def encode(message: Message | Whole) -> bytes:
 
 
 MOST_FILES: Final = 512
-"""Most files in one message."""
+"""The maximum number of files in one message."""
 _ENTRY: Final = 80
 """Bytes of an entry without its name, in JSON, at most."""
 _ESCAPED: Final = 12

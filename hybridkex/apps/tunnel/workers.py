@@ -1,7 +1,7 @@
 """Workers of a tunnel service: several processes that serve the same listening sockets.
 
 The service opens the listening sockets and gives them to its workers, so that whichever worker is
-free takes the next connection, and none is lost when a worker ends. Workers are started anew for
+free takes the next connection, and none is lost when a worker ends. New workers are started for
 each configuration: when all of them are ready, those of the old one accept no more connections and
 end with their last. A worker that ends by itself is replaced. All end with the service, however it
 ends, because their control sockets are closed.

@@ -223,7 +223,7 @@ def _report(options: WgPskOptions, event: str, **details: object) -> None:
             raise BlockingIOError(errno.EAGAIN, "the reader of standard output does not read")
         print(json_line(line), flush=True)
     except BrokenPipeError:
-        # Rotations go on without a reader of the output.
+        # Rotations continue without a reader of the output.
         discard_standard_output()
         log.warning(
             "the reader of standard output has closed it: no more JSON lines; rotations continue"

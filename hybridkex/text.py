@@ -39,9 +39,8 @@ def printable(text: str, *, most: int = MOST) -> str:
         text: from anywhere.
         most: characters to show; what is left out is in the middle.
     """
-    middle = max(
-        0, len(text) - 2 * most
-    )  # escape no more than is shown: a peer's text may have millions of characters
+    # Not all of it is escaped: a peer's text may have millions of characters.
+    middle = max(0, len(text) - 2 * most)
     shown = escaped(text[:most] + text[-most:] if middle else text)
     if len(shown) <= most:
         return shown

@@ -72,7 +72,10 @@ def logged(module: Path, tree: ast.Module) -> Iterator[tuple[str, str]]:
             if logger is None:
                 continue
             if method == "log":
-                words = set(re.findall(r"logging\.([A-Z]+)", ast.unparse(call.args[0])))
+                # A method that passes a level on has those of its own calls.
+                given = [call] if "logging." in ast.unparse(call.args[0]) else calls(tree, method)
+                levels = " ".join(ast.unparse(one.args[0]) for one in given)
+                words = set(re.findall(r"logging\.([A-Z]+)", levels))
                 assert words, ast.unparse(call)
             else:
                 words = {"ERROR" if method == "exception" else method.upper()}

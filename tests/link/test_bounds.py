@@ -10,9 +10,9 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import scipy  # its modules are loaded when a test needs them: scipy.stats takes 0.3 s
 from scipy.optimize import brentq
 from scipy.special import rel_entr
-from scipy.stats import binom, hypergeom
 
 from hybridkex.link.entropy import binary_entropy
 from hybridkex.link.finite_key import (
@@ -125,9 +125,9 @@ def test_unseen_errors_at_size_against_scipy() -> None:
         failure = 10 ** -draw.uniform(1, 20)
         found = unseen_errors(unseen, sample, seen, failure)
         if found < unseen:
-            above = hypergeom.cdf(seen, unseen + sample, seen + found + 1, sample)
+            above = scipy.stats.hypergeom.cdf(seen, unseen + sample, seen + found + 1, sample)
             assert above < failure * (1 + 1e-6)
-        below = hypergeom.cdf(seen, unseen + sample, seen + max(0, found - 2), sample)
+        below = scipy.stats.hypergeom.cdf(seen, unseen + sample, seen + max(0, found - 2), sample)
         assert below >= failure * 0.99 or found <= 2
 
 
@@ -142,7 +142,7 @@ def test_fair_coins() -> None:
     for heads in (0, 1, 5, 40, 1000, 10**6):
         for failure in (0.1, 1e-5, 1e-11):
             most = math.ceil(trials_upper(heads, failure))
-            assert binom.cdf(heads, most, 0.5) <= failure * (1 + 1e-9)
+            assert scipy.stats.binom.cdf(heads, most, 0.5) <= failure * (1 + 1e-9)
             assert most >= 2 * heads
 
 
@@ -151,7 +151,7 @@ def test_fair_coins() -> None:
 
 def failures(events: int, blocks: int, failure: float) -> bool:
     """Whether so many failures are more than the probability explains (level 1e-6)."""
-    return bool(binom.sf(events - 1, blocks, failure) < 1e-6)
+    return bool(scipy.stats.binom.sf(events - 1, blocks, failure) < 1e-6)
 
 
 @pytest.mark.parametrize("errors", [1, 5, 25, 200])
@@ -175,11 +175,13 @@ def test_the_published_gap_does_not_cover() -> None:
         for seen in (0, 1):
             rate = Published(21).phase_error(seen, sample, unseen, security)
             if (errors - seen) / unseen > rate:
-                worst = max(worst, hypergeom.cdf(seen, unseen + sample, errors, sample))
+                worst = max(worst, scipy.stats.hypergeom.cdf(seen, unseen + sample, errors, sample))
     assert worst > 1e6 * allotted
     tight = Tight().phase_error(1, sample, unseen, security)
     least = math.floor(tight * unseen) + 2
-    assert hypergeom.cdf(1, unseen + sample, least, sample) <= (security.secrecy / 15) ** 2
+    assert (
+        scipy.stats.hypergeom.cdf(1, unseen + sample, least, sample) <= (security.secrecy / 15) ** 2
+    )
 
 
 @pytest.mark.parametrize("name", ["lim2014", "rusca2018"])
@@ -269,7 +271,7 @@ def second_opinion(transmitter: Transmitter, counts: Counts, leak: float, eps: f
         a, b = 0, key
         while b - a > 1:
             middle = (a + b) // 2
-            tail = hypergeom.cdf(seen, key + test, seen + middle, test)
+            tail = scipy.stats.hypergeom.cdf(seen, key + test, seen + middle, test)
             a, b = (middle, b) if tail >= share**2 else (a, middle)
         rate = min(0.5, a / key)
     secret = min(max(0.0, s1) * (1 - binary_entropy(rate)), sum(counts.key))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from scipy.stats import binom
+import scipy  # its modules are loaded when a test needs them: scipy.stats takes 0.3 s
 
 from hybridkex.link.eavesdroppers import InterceptResend, NoEve, eavesdropper
 from hybridkex.link.entropy import binary_entropy
@@ -116,7 +116,7 @@ def run(name: str, distance: float, detections: int, attack: str, blocks: int, s
 
 def more_than(events: int, blocks: int, chance: float) -> bool:
     """Whether so many events are more than the probability explains (level 1e-6)."""
-    return bool(binom.sf(events - 1, blocks, chance) < 1e-6)
+    return bool(scipy.stats.binom.sf(events - 1, blocks, chance) < 1e-6)
 
 
 def check(blocks: int) -> dict[str, int]:

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import hypothesis
 import numpy as np
 import pytest
+import scipy  # its modules are loaded when a test needs them: scipy.stats takes 0.3 s
 import trio
 from hypothesis import strategies as st
-from scipy.stats import chi2
 from trio.testing import memory_stream_pair
 
 from hybridkex.auth import DevCa, TrustStore
@@ -596,4 +596,8 @@ async def test_many_small_blocks_agree_and_look_random() -> None:
     for lag in (2, 8, 256):
         assert abs((bits[lag:] ^ bits[:-lag]).sum() - (count - lag) / 2) < 4 * np.sqrt(count) / 2
     histogram = np.bincount(np.packbits(bits.astype(np.uint8)), minlength=256)
-    assert 1e-4 < chi2.sf(((histogram - count / 2048) ** 2 / (count / 2048)).sum(), 255) < 1 - 1e-4
+    assert (
+        1e-4
+        < scipy.stats.chi2.sf(((histogram - count / 2048) ** 2 / (count / 2048)).sum(), 255)
+        < 1 - 1e-4
+    )

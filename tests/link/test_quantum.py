@@ -6,9 +6,9 @@ from functools import partial
 
 import numpy as np
 import pytest
+import scipy  # its modules are loaded when a test needs them: scipy.stats takes 0.3 s
 import trio
 import trio.testing
-from scipy.stats import chi2
 
 from hybridkex.errors import ConfigError, LinkError
 from hybridkex.link.eavesdroppers import NoEve, eavesdropper
@@ -29,7 +29,10 @@ def passes(observed: "np.ndarray", expected: "np.ndarray") -> bool:
     if few.any():
         assert abs(observed[few].sum() - expected[few].sum()) < 5 * expected[few].sum() ** 0.5 + 1
         observed, expected = observed[~few], expected[~few]
-    return bool(chi2.sf(((observed - expected) ** 2 / expected).sum(), len(expected) - 1) > LEVEL)
+    return bool(
+        scipy.stats.chi2.sf(((observed - expected) ** 2 / expected).sum(), len(expected) - 1)
+        > LEVEL
+    )
 
 
 def table(sent: Sent, clicks: Detections, intensities: int) -> "np.ndarray":
@@ -104,14 +107,14 @@ def test_gains_and_error_rates_of_each_intensity(name: str, distance: float) -> 
     seen = np.bincount(sent.intensity, minlength=len(gains))
     expected = alive * np.array(transmitter.probabilities) * gains
     deviates = (seen - expected) ** 2 / (expected * (1 - gains))
-    assert chi2.sf(deviates.sum(), len(gains)) > LEVEL
+    assert scipy.stats.chi2.sf(deviates.sum(), len(gains)) > LEVEL
     same = sent.basis == clicks.basis
     total = np.bincount(sent.intensity[same], minlength=len(gains))
     wrong = np.bincount(sent.intensity[same & (sent.bit != clicks.bit)], minlength=len(gains))
     enough = total * rates > 5  # of a vacuum next to no click is among a million
     assert enough[:2].all()
     deviates = (wrong - total * rates) ** 2 / (total * rates * (1 - rates))
-    assert chi2.sf(deviates[enough].sum(), enough.sum()) > LEVEL
+    assert scipy.stats.chi2.sf(deviates[enough].sum(), enough.sum()) > LEVEL
 
 
 @pytest.mark.parametrize("distance", [0, 50, 100])
@@ -143,7 +146,7 @@ def test_yields_of_photon_numbers(distance: float) -> None:
     assert seen[0] <= expected[0] + 6  # dark counts, of which there is hardly one
     deviates = (seen - expected)[1:] ** 2 / (expected * (1 - yields))[1:]
     assert (expected[1:] > 5).all()
-    assert chi2.sf(deviates.sum(), 3) > LEVEL
+    assert scipy.stats.chi2.sf(deviates.sum(), 3) > LEVEL
 
 
 async def test_the_clock_of_the_laser_can_be_kept() -> None:
@@ -185,7 +188,7 @@ def test_pulse_by_pulse_agrees(name: str, eve: str | None) -> None:
         slow, fast = slow[:-1], fast[:-1]
     total = slow.sum() / fast.sum()
     statistic = ((slow - total * fast) ** 2 / (slow + total**2 * fast)).sum()
-    assert chi2.sf(statistic, len(slow) - 1) > LEVEL
+    assert scipy.stats.chi2.sf(statistic, len(slow) - 1) > LEVEL
     rate = 2_000_000 / (int(many.pulse[-1]) + 1)
     assert abs(slow.sum() - pulses * rate) < 5 * np.sqrt(pulses * rate)
 

@@ -700,6 +700,7 @@ class ReadingHalf(asyncio.BufferedProtocol):
             self._waits_for_pad = True
             self.pause_raw()
         if engine.close_received:
+            self._writing.peer_closed()
             self._deliver_end()
         if engine.has_data_to_send:
             life.send_output()  # a KeyUpdate that answers the peer
@@ -997,6 +998,13 @@ class WritingHalf:
         if raw is not None and self._life.state is not _CLOSED:
             raw.set_write_buffer_limits(high, low)
             self.check_marks()
+
+    def peer_closed(self) -> None:
+        """From now on the transport below reports each byte that waits there: a reset behind the
+        peer's close_notify is a failure if any does."""
+        raw = self._life.raw
+        if raw is not None and not raw.is_closing():
+            raw.set_write_buffer_limits(0)
 
     def check_marks(self) -> None:
         """Call ``pause_writing`` or ``resume_writing`` where a mark has been crossed."""

@@ -110,3 +110,54 @@ def test_data_that_waits_for_a_paused_reader_is_no_clean_end(
                 await reader.read()
 
     run(main())
+
+
+@pytest.mark.parametrize("closes", [True, False])
+def test_a_little_that_was_not_sent(
+    run: Run, client_config: ClientConfig, server_config: ServerConfig, closes: bool
+) -> None:
+    """Less than the marks waits below, for a peer that reads no more."""
+
+    async def main() -> None:
+        accepted: asyncio.Future[Streams] = asyncio.get_running_loop().create_future()
+        done = asyncio.Event()
+
+        async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            accepted.set_result((reader, writer))
+            await done.wait()
+
+        async with serving(server_config, handler) as port:
+            reader, writer = await connect(port, client_config)
+            _, peer = await accepted
+            peer.transport.pause_reading()  # type: ignore[attr-defined]
+            for one, option in ((writer, socket.SO_SNDBUF), (peer, socket.SO_RCVBUF)):
+                one.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, option, 4096)
+            life = life_of(writer)
+
+            stays = 0
+
+            def full() -> bool:
+                """Until the sockets' buffers take no more, so that some of it stays."""
+                nonlocal stays
+                stays += 1
+                if life.raw.get_write_buffer_size() < 20_000:
+                    writer.write(bytes(20_000))
+                    stays = 0
+                return stays == 20
+
+            await asyncio_until(full)
+            peer.write(b"answer")
+            peer.write_eof()
+            await asyncio_until(lambda: life.engine.close_received)
+            assert 0 < life.raw.get_write_buffer_size() < 1 << 16
+            if closes:
+                writer.close()
+            reset(peer)
+            await asyncio_until(lambda: life.state.name == "CLOSED")
+            assert await reader.read() == b"answer"
+            writer.close()
+            with pytest.raises(ConnectionResetError):
+                await writer.wait_closed()
+            done.set()
+
+    run(main())

@@ -273,7 +273,10 @@ def reserve_file(
     path = Path(path)
     if _is_special(path):  # a device or a pipe has no space to reserve
         with _named(path):
-            check_own(_followed(path))
+            if path.is_fifo():  # whose reader would see its end if we opened and closed it
+                check_own(_followed(path))
+            else:
+                os.close(_open_own(path, os.O_WRONLY))  # a folder, say, cannot be opened
         yield lambda content: write_file(path, content)
         return
     with contextlib.ExitStack() as stack:

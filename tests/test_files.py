@@ -4,6 +4,7 @@ import ast
 import contextlib
 import os
 import random
+import socket
 import sqlite3
 import stat
 import tempfile
@@ -266,6 +267,20 @@ def shared(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
 def reserved(path: Path, content: bytes) -> None:
     with reserve_file(path, len(content)) as write:
         write(content)
+
+
+@pytest.mark.parametrize("kind", ["folder", "socket"])
+def test_what_cannot_be_written_to_is_told_when_room_is_reserved(tmp_path: Path, kind: str) -> None:
+    """Afterwards the content may be lost: keys, hours of work."""
+    path = tmp_path / "x"
+    with contextlib.ExitStack() as stack:
+        if kind == "folder":
+            path.mkdir()
+        else:
+            stack.enter_context(socket.socket(socket.AF_UNIX)).bind(str(path))
+        with pytest.raises(OSError, match=r"directory|device") as caught, reserve_file(path, 1):
+            pytest.fail("room is reserved")
+    assert caught.value.filename == str(path)
 
 
 def opened(path: Path, content: bytes) -> None:

@@ -364,6 +364,9 @@ def test_no_room_for_the_keys_is_found_before_the_other_end_makes_them(
                "--keys"]  # fmt: skip
     assert main([*command, str(tmp_path / "missing" / "keys")]) == 1
     assert "keys: No such file or directory" in capsys.readouterr().err
+    assert main([*command, str(tmp_path)]) == 1
+    assert "Is a directory; name a file" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.distilled"))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))  # as a full disk
     try:

@@ -754,13 +754,18 @@ async def test_a_folder_on_another_file_system(
     assert said in outcome.failed["file"]
 
 
-def decoys(folder: Path) -> dict[Path, str]:
-    """Files of others in every folder, under names as a receiver gives to its incomplete files."""
+def decoys(folder: Path, kept: Path) -> dict[str, int]:
+    """Files of others in every folder, under names as a receiver gives to its incomplete files:
+    each is a link to one of those in ``kept``, by its inode."""
     made = {}
+    kept.mkdir()
+    for number in range(1, 121):
+        (kept / str(number)).write_text(f"others' {number}")
+    files = [(one.name, str(one), one.stat().st_ino) for one in kept.iterdir()]
     for place in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
-        for number in range(1, 121):
-            (place / str(number)).write_text(f"others' {place.name} {number}")
-            made[place / str(number)] = f"others' {place.name} {number}"
+        for name, one, inode in files:
+            os.link(one, f"{place}/{name}")
+            made[f"{place}/{name}"] = inode
     return made
 
 
@@ -781,12 +786,14 @@ async def test_more_folders_than_stay_open(
         wanted[path.relative_to(tmp_path)] = path.read_bytes()
     for path in source.rglob("own-*"):
         (target / path.relative_to(tmp_path)).mkdir(parents=True)
-    others = decoys(target) if depth < 5 else {}
+    kept = tmp_path / "others"
+    others = decoys(target, kept) if depth < 5 else {}
     outcome, left_out = await deliver(configs, target, source, overwrite=overwrite)
     assert not outcome.failed
     assert not left_out
     assert {path: (target / path).read_bytes() for path in wanted} == wanted
-    assert {path: path.read_text() for path in others} == others
+    assert {path: os.lstat(path).st_ino for path in others} == others
+    assert all(one.read_text() == f"others' {one.name}" for one in kept.rglob("*"))
 
 
 def test_a_handle_is_valid_until_the_next_item(tmp_path: Path) -> None:

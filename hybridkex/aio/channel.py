@@ -11,7 +11,7 @@ import logging
 import threading
 from asyncio import transports
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, MutableSet
 from enum import Enum, auto
 from functools import partial
 from typing import Any, Final, cast
@@ -28,7 +28,7 @@ from hybridkex.errors import (
     TruncationError,
 )
 from hybridkex.net.budget import Connection
-from hybridkex.net.event_loop import ask, foreign
+from hybridkex.net.event_loop import ask, for_future
 from hybridkex.net.log import BoundedLog
 from hybridkex.shell.answers import CODE_FAILED, Answers
 from hybridkex.shell.key_renewer import KeyRenewer
@@ -124,7 +124,7 @@ class Lifecycle:
     renewer: KeyRenewer | None = None
     pads: PadFiller | None = None
     failure: Exception | None = None
-    register: set[Any] | None = None
+    register: MutableSet[Any] | None = None
     """The transport below, while there is one."""
     _timer: asyncio.TimerHandle | None = None
 
@@ -331,7 +331,7 @@ class Lifecycle:
         """End the connection after an exception of the application's protocol."""
         self.report("Fatal error: the application's protocol failed.", error)
         # A CancelledError that propagated from here would cancel the user of the connection.
-        cause = error if isinstance(error, Exception) else None
+        cause = for_future(error) if isinstance(error, Exception) else None
         self.give_up("the application's protocol failed", cause)
 
     def engine_failed(self, error: BaseException) -> None:
@@ -344,8 +344,8 @@ class Lifecycle:
         waited_for = self._ready is not None and not self._ready.done()
         if not waited_for:
             self.report(CODE_FAILED, error)
-        cause = error if isinstance(error, Exception) else foreign(error)
-        self.give_up(CODE_FAILED, cause if waited_for or self._announced else None)
+        cause = for_future(error) if waited_for or self._announced else None
+        self.give_up(CODE_FAILED, cause)
 
     def give_up(self, why: str, cause: Exception | None = None) -> None:
         """Close with the alert internal_error, for a reason on our side."""

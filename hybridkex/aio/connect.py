@@ -1,7 +1,9 @@
 """Connections and servers for protocols, in the manner of asyncio's event loop."""
 
 import asyncio
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, TypeVar
 
 from hybridkex.aio.accept_faults import report_accept_faults
@@ -115,7 +117,9 @@ async def create_server(
     assert isinstance(config, ServerConfig)
     _check_plain(tcp)
     time_limits(ssl_handshake_timeout, ssl_shutdown_timeout)
-    places = Places()
+    counted = hasattr(asyncio.Server, "close_clients")  # Python 3.13
+    connections = weakref.WeakSet[asyncio.Transport]()
+    places = Places(connections if counted else None)
 
     def accept() -> asyncio.BaseProtocol:
         return SecureTransport(
@@ -126,7 +130,17 @@ async def create_server(
             places=places,
         ).receiver
 
-    return await listen(accept, host, port, **tcp)
+    server = await listen(accept, host, port, **tcp)
+    if counted and isinstance(server, asyncio.Server):
+        # asyncio's own would end the transports below, which is a truncation for the peer.
+        for how in ("close", "abort"):
+            vars(server)[f"{how}_clients"] = partial(_end, connections, how)
+    return server
+
+
+def _end(transports: Iterable[asyncio.Transport], how: str) -> None:
+    for one in tuple(transports):
+        getattr(one, how)()
 
 
 async def listen(

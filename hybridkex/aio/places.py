@@ -9,6 +9,7 @@ loop accepts them all before it spends time on a handshake.
 
 import asyncio
 import resource
+from collections.abc import MutableSet
 from typing import Any, Final, Protocol
 
 from hybridkex.net.budget import PATIENCE, Budget, Connection
@@ -44,7 +45,7 @@ class Places:
             ``connection_lost``.
     """
 
-    def __init__(self, register: set[asyncio.Transport] | None = None) -> None:
+    def __init__(self, register: MutableSet[asyncio.Transport] | None = None) -> None:
         self.register: Final = register
         self._loop: Final = asyncio.get_running_loop()
         self._budget: Final = Budget(

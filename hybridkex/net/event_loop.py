@@ -175,13 +175,19 @@ async def ask(source: Callable[[], Awaitable[T]]) -> T:
         ours = [one for one in found if isinstance(one, cancellation)] if is_cancelled() else []
         if ours:
             raise ours[0] from None
-        raise foreign(error) from error
+        raise for_future(error) from error
 
 
-def foreign(error: BaseException) -> RuntimeError:
-    """An exception that would pass ``except Exception``, as an error of the code that raised it."""
+def for_future(error: BaseException) -> Exception:
+    """The error, or one in its place if it would pass ``except Exception`` or if no ``Future``
+    takes it (``StopIteration``, as in PEP 479)."""
+    if isinstance(error, Exception) and not isinstance(error, StopIteration):
+        return error
     name = type(error).__name__
-    return RuntimeError(f"the source raised {name}, and its caller was not cancelled")
+    other = "" if isinstance(error, StopIteration) else ", and its caller was not cancelled"
+    made = RuntimeError(f"the code that was called raised {name}{other}")
+    made.__cause__ = error
+    return made
 
 
 def _current_task() -> Any:

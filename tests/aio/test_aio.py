@@ -19,6 +19,7 @@ from hybridkex.aio import (
     SecureTransport,
     create_connection,
     create_server,
+    start_server,
     upgrade,
 )
 from hybridkex.auth.dev_ca import write_identity
@@ -502,3 +503,46 @@ def test_closing_right_after_a_pause(
                 await closed(writer)
 
     run(main())
+
+
+@pytest.mark.skipif(
+    not hasattr(asyncio.Server, "close_clients"),
+    reason="Server.close_clients is new in Python 3.13: run the tests there",
+)
+@pytest.mark.parametrize("how", ["close", "abort"])
+def test_a_server_ends_its_connections(
+    client_config: ClientConfig, server_config: ServerConfig, how: str
+) -> None:
+    """``close_clients`` loses nothing that was written and sends close_notify."""
+    sent = os.urandom(5_000_000)
+    ended: list[Exception | None] = []
+
+    async def main() -> None:
+        begun = asyncio.Event()
+
+        async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(sent)
+            begun.set()
+            try:
+                await writer.wait_closed()
+                ended.append(None)
+            except Exception as error:
+                ended.append(error)
+
+        server = await start_server(handler, "127.0.0.1", 0, server_config)
+        reader, writer = await connect(server.sockets[0].getsockname()[1], client_config)
+        await begun.wait()
+        getattr(server, f"{how}_clients")()
+        if how == "close":
+            assert await reader.read() == sent
+        else:
+            with pytest.raises(SecureConnectionError):
+                await reader.read()
+        writer.close()
+        with contextlib.suppress(SecureConnectionError):
+            await writer.wait_closed()
+        server.close()
+        await server.wait_closed()
+
+    asyncio.run(main(), debug=True)
+    assert ended == [None]

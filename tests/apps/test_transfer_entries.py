@@ -1090,4 +1090,4 @@ def test_a_folder_that_becomes_a_link_while_it_is_listed(tmp_path: Path, depth: 
             swapped.rename(tmp_path / "moved")
             swapped.symlink_to(outside)
     assert not [path for path in found if "secret" in path]
-    assert left_out == [f"{swapped}: cannot list it: something that is not a folder is in the way"]
+    assert left_out == [f"{swapped}: cannot list it: something that is not a folder has this name"]

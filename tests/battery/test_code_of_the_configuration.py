@@ -52,15 +52,20 @@ def config(code: str, error: Exception) -> ClientConfig:
 @pytest.mark.parametrize(
     "code", ["entropy", "key_log", "verify", "refresh", "take", "flush", "offer"]
 )
-def test_in_the_handshake(shell: Any, code: str, caplog: pytest.LogCaptureFixture) -> None:
-    error = Full("the disk is full")
-
+@pytest.mark.parametrize("error", [Full("the disk is full"), StopIteration()], ids=repr)
+def test_in_the_handshake(
+    shell: Any, code: str, error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
     async def main() -> None:
         async with time_limit(20):
-            with pytest.raises((Full, BaseExceptionGroup)) as caught:
+            with pytest.raises((type(error), RuntimeError, BaseExceptionGroup)) as caught:
                 async with shell.pair(config(code, error), SERVER):
                     pass
-        assert error in list(leaves(caught.value))
+        found = list(leaves(caught.value))
+        # Python puts a RuntimeError in the place of the other one, which no Future takes (PEP 479).
+        assert error in found or any(
+            isinstance(one, RuntimeError) and one.__cause__ is error for one in found
+        )
 
     shell.run(main)
     assert [
@@ -68,17 +73,19 @@ def test_in_the_handshake(shell: Any, code: str, caplog: pytest.LogCaptureFixtur
     ] == []
 
 
-def test_after_the_handshake(shell: Any, run: Any, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("error", [Full("the disk is full"), StopIteration()], ids=repr)
+def test_after_the_handshake(
+    shell: Any, run: Any, error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
     """A ticket that its store refuses."""
     if shell.name == "piped":
         pytest.skip("the tunnel has stores of its own")
-    error = Full("the disk is full")
 
     async def conversation(client: Any, server: Any) -> None:
         await server.send(b"data")  # its tickets go ahead of it
-        with pytest.raises(Full) as caught:
+        with pytest.raises((Full, RuntimeError)) as caught:
             await client.receive()
-        assert caught.value is error
+        assert error in (caught.value, caught.value.__cause__)
         with pytest.raises(Exception, match="internal_error"):
             await server.receive()
 

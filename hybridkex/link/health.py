@@ -6,7 +6,8 @@ these do so for mistakes such as a wrong column, an output that is not connected
 
 * frequency: ones among the bits of each basis and intensity (SP 800-22, section 2.1);
 * autocorrelation: whether a bit differs from the one 1 to :data:`LAGS` places earlier (the first
-  of them is the runs test of SP 800-22, section 2.3);
+  of them is the runs test of SP 800-22, section 2.3), and in the first :data:`FOLDED` detections
+  from the one at any distance, which shows rows that repeat;
 * the same for the last bit before it whose pulse has the same place in a pattern of
   :data:`PATTERNS` pulses, which shows patterns that Alice's modulator repeats;
 * the Adaptive Proportion Test and the Repetition Count Test (NIST SP 800-90B, section 4.4), which
@@ -43,10 +44,11 @@ KINDS: Final = 4
 LAGS: Final = 32
 WINDOW: Final = 1024
 """Bits, as in SP 800-90B for a binary source."""
-PATTERNS: Final = (55_440, 64_000)
-"""Lengths in pulses; every divisor is tested with them (all up to 12; 2^9, 5^3 and 1,000)."""
-FOLDED: Final = 1 << 20
-"""Detections that are sorted by their place in a pattern, at most."""
+PATTERNS: Final = (55_440, 64_000, *(2**order - 1 for order in (7, 9, 11, 13, 15, 20, 23)))
+"""Lengths in pulses; every divisor is tested with them (all up to 12; 2^9, 5^3 and 1,000). The
+others are those of the binary test sequences that pattern generators have (ITU-T O.150, O.151)."""
+FOLDED: Final = 1 << 18
+"""Detections that are searched for repetitions, at most."""
 
 Bits = NDArray[np.uint8]
 
@@ -86,7 +88,7 @@ def _chosen(bit: Bits, basis: Bits, intensity: Bits, pulse: NDArray[np.int64]) -
     yield from _series(bit, "bits")
     yield from _series(bit[basis == 0], "bits of the key basis")
     for length in PATTERNS:
-        place = (pulse[:FOLDED] % length).astype(np.uint16)
+        place = (pulse[:FOLDED] % length).astype(np.uint16 if length < 1 << 16 else np.uint32)
         folded = bit[np.argsort(place, kind="stable")]
         what = f"the last one with the same place in a pattern of {length:,} pulses"
         flips = folded[1:] != folded[:-1]
@@ -99,6 +101,7 @@ def _series(bit: Bits, name: str, bias: float = 0.0) -> Iterator[str]:
     for lag in range(1, min(LAGS, len(bit) - 1) + 1):
         flips = bit[lag:] != bit[:-lag]
         yield from _coins(flips, len(flips), f"{name} differ from the one {lag} before", bias)
+    yield from _repeats(bit[:FOLDED], name, bias)
     windows = len(bit) // WINDOW
     if windows:
         ones = bit[: windows * WINDOW].reshape(windows, WINDOW).sum(axis=1)
@@ -110,6 +113,21 @@ def _series(bit: Bits, name: str, bias: float = 0.0) -> Iterator[str]:
         cutoff = 1 + math.ceil(math.log2(len(bit) / SHARE) / entropy)
         if _has_run(bit[1:] == bit[:-1], cutoff - 1):
             yield f"{cutoff:,} {name} in a row are the same"
+
+
+def _repeats(bit: Bits, name: str, bias: float) -> Iterator[str]:
+    """Faults at distances beyond :data:`LAGS`, of all distances at once (Wiener-Khinchin)."""
+    size = 1 << (2 * len(bit)).bit_length()  # zeros behind the bits: nothing wraps around
+    spectrum = np.fft.rfft(1.0 - 2.0 * bit, size)
+    equal = np.fft.irfft(spectrum.real**2 + spectrum.imag**2, size)[: len(bit)].round()
+    pairs = np.arange(len(bit), 0.0, -1.0)
+    # Hoeffding 1963, theorem 2, with a share of SHARE for each distance.
+    most = 2.0 * bias * pairs + np.sqrt(2.0 * pairs * math.log(max(len(bit), 2) / SHARE))
+    beyond = np.flatnonzero((abs(equal) > most)[LAGS + 1 :])
+    if len(beyond):
+        lag = LAGS + 1 + int(beyond[0])
+        differ = int(pairs[lag] - equal[lag]) // 2
+        yield f"{differ:,} of {int(pairs[lag]):,} {name} differ from the one {lag:,} before"
 
 
 def _coins(flips: NDArray[Any], total: int, what: str, bias: float = 0.0) -> Iterator[str]:

@@ -442,11 +442,15 @@ def check_unused(path: Path | str) -> None:
             "keys of two runs are not secret together: record new detections; remove that file "
             "only if it is of other detections"
         )
-    if not os.access(marker.parent, os.W_OK):
+    trial = marker.with_name(f"{marker.name}~")
+    try:
+        write_file(trial, b"a trial\n")
+        trial.unlink(missing_ok=True)  # another command may have tried as well
+    except OSError as error:
         raise ConfigError(
-            f"cannot write to the folder of {path}, where {marker.name} marks its detections as "
-            "used: move the file to a folder of yours"
-        )
+            f"{marker.name}, which marks the detections in {path} as used, cannot be made beside "
+            f"them: {error.strerror or error}; move the file to a folder of yours"
+        ) from None
 
 
 def mark_used(path: Path | str) -> None:
@@ -533,10 +537,11 @@ def _read_parquet(content: io.BytesIO) -> dict[str, Any]:
         groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
         # These are the rows that are read, whatever the file says that it has of them.
         rows, schema = sum(one.num_rows for one in groups), file.schema_arrow
+        # The footer's; Polars leaves them out of the schema that Arrow keeps there.
+        metadata = file.metadata.metadata or {}
         _check_schema(rows, schema)
         table = file.read()
     found = {name: _column(table, name) for name in table.column_names}
-    metadata = schema.metadata or {}
     text = metadata.get(PARQUET_KEY)
     if text is not None:
         if metadata.get(PARQUET_DIGEST, _digest(text)) != _digest(text):

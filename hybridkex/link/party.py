@@ -242,7 +242,8 @@ class _Party(Generic[L]):
         without a limit, because its light takes as long as on a real link, or because Bob may begin
         when he likes. ``timeout``: seconds. ``first_pulse``: where the first block begins; ``None``
         if detections have numbers that are not of pulses. ``commit``: called in each block before
-        error correction discloses anything of the key; if it raises ``LinkError``, nothing is.
+        error correction discloses anything of the key (at Bob first); if it raises ``LinkError``,
+        nothing is.
         """
         self._channel = ClassicalChannel(stream, sends=self.direction, timeout=timeout)
         self._settings = settings
@@ -300,8 +301,6 @@ class _Party(Generic[L]):
     async def _block(self) -> Block:
         sifted = await self._sift()
         self._settings.check(sifted.counts, pulses=sifted.pulses)
-        if self._commit is not None:
-            await in_thread(self._commit)
         corrected = await self._correct(sifted)
         outcome = self._bound(sifted, corrected)
         finish, agree = await self._verify(sifted.key)
@@ -314,8 +313,14 @@ class _Party(Generic[L]):
         raise NotImplementedError
 
     async def _correct(self, sifted: _Sifted) -> _Corrected:
-        """Steps 5 and 6: error correction."""
+        """Steps 5 and 6: error correction. It begins with :meth:`_committed`."""
         raise NotImplementedError
+
+    async def _committed(self) -> None:
+        """From here on, the key is disclosed in part. Alice gets here after Bob: what Bob refuses,
+        or cannot use, is not used up at Alice's end."""
+        if self._commit is not None:
+            await in_thread(self._commit)
 
     async def _verify(self, key: Bits) -> tuple[wire.Finish, bool]:
         """Steps 8 and 9: Alice's last message, and whether the hashes of the keys agree."""
@@ -616,6 +621,8 @@ class Alice(_Party[PulseRecord]):
         rounds = 0
         while True:
             kind, body = await self._channel.receive_one_of(wire.Type.ASK, wire.Type.CORRECTED)
+            if not rounds:
+                await self._committed()
             if kind is wire.Type.CORRECTED:
                 break
             answer = await in_thread(responder.answer, body)
@@ -708,6 +715,7 @@ class Bob(_Party[Detector]):
                 return None
 
         request = await in_thread(step, None)
+        await self._committed()
         while request is not None:
             rounds += 1
             await self._channel.send(wire.Request(request))

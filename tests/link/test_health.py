@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -47,6 +48,16 @@ def with_bits(name: str, bits: Bits) -> tuple[Measured, Measured, LinkSettings]:
     return replace(alice, bit=bits), replace(bob, bit=bits ^ wrong), LinkSettings(preset=chosen)
 
 
+@cache
+def prbs(order: int) -> Bits:
+    """The test sequence of ITU-T O.150 with this many bits of state."""
+    tap = {7: 6, 9: 5, 15: 14}[order]
+    made = [1] * order
+    while len(made) < 2**order - 1:
+        made.append(made[-order] ^ made[-tap])
+    return np.array(made, np.uint8)
+
+
 ROW = np.arange(ROWS)
 Pattern = Callable[[Measured], Bits]
 PATTERNS: dict[str, Pattern] = {
@@ -65,13 +76,19 @@ PATTERNS: dict[str, Pattern] = {
     "dead for 100 rows": lambda one: one.bit * (abs(ROW - 30_000) >= 50),
     "biased for a while": lambda one: one.bit | (abs(ROW - 30_000) < 1024) & (ROW % 2),
     "one intensity alone": lambda one: one.bit & (one.intensity != 1),
+    "rows that repeat": lambda one: np.resize(one.bit[:10_000], ROWS),
+    "half twice": lambda one: np.resize(one.bit[: ROWS // 2], ROWS),
+    "a pattern in the order of rows": lambda one: prbs(15)[ROW % (2**15 - 1)],
     "two states in turn": lambda one: one.pulse % 2,
     "four states in turn": lambda one: one.pulse // 2 % 2,
     "a pattern of 24 pulses": lambda one: one.bit[one.pulse % 24],
     "a pattern of 1,000 pulses": lambda one: one.bit[one.pulse % 1000],
     "a pattern of 512 pulses": lambda one: one.bit[one.pulse % 512],
+    "PRBS7": lambda one: prbs(7)[one.pulse % (2**7 - 1)],
+    "PRBS9": lambda one: prbs(9)[one.pulse % (2**9 - 1)],
+    "PRBS15": lambda one: prbs(15)[one.pulse % (2**15 - 1)],
 }
-"""Mistakes; the last five show only between pulses of the same place."""
+"""Mistakes; the last eight show only between pulses of the same place."""
 
 
 @pytest.mark.parametrize("kind", PATTERNS)
@@ -146,7 +163,7 @@ def test_false_alarms_are_no_more_than_is_said(monkeypatch: pytest.MonkeyPatch) 
         faults = list(health._chosen(*rows))
         most = max(most, len(faults))
         for fault in faults:
-            kind = fault.split(" ", 3)[-1]
+            kind = re.sub(r"one [\d,]{2,} before", "one further before", fault.split(" ", 3)[-1])
             seen[kind] = seen.get(kind, 0) + 1
     assert seen, "no test that can fail"
     expected = 2.0 * share * blocks  # of one test, in both directions
@@ -158,10 +175,26 @@ def test_false_alarms_are_no_more_than_is_said(monkeypatch: pytest.MonkeyPatch) 
 def test_the_tests_are_no_more_than_their_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health, "_beyond", lambda *_: True)
     monkeypatch.setattr(health, "_has_run", lambda *_: True)
+    monkeypatch.setattr(health, "_repeats", lambda *_: iter(["one test"]))
     draw = Randomness.seeded(1, "counted")
     tests = len(list(health._chosen(*random_block(draw, 5000))))
     assert 60 < tests <= health.MOST_TESTS
     assert health.FALSE_ALARM == 2 * health.MOST_TESTS * health.SHARE
+
+
+def test_repetitions_are_counted_at_every_distance() -> None:
+    for rows in (1, 2, 34, 35, 1000, 1024, 1025):
+        draw, limit = Randomness.seeded(rows, "repeats"), 2.0 * math.log(rows / health.SHARE)
+        for period in (33, 34, 100, 400):
+            bits = np.resize(draw.bits(period), rows)
+            expected = None
+            for lag in range(33, rows):
+                pairs, differ = rows - lag, int((bits[lag:] != bits[:-lag]).sum())
+                if (pairs - 2 * differ) ** 2 > limit * pairs:
+                    expected = f"{differ:,} of {pairs:,} bits differ from the one {lag:,} before"
+                    break
+            assert list(health._repeats(bits, "bits", 0.0)) == [expected] * (expected is not None)
+            assert (expected is not None) == (rows - period > limit)
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 7, 8, 9, 64, 99, 100])

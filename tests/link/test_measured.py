@@ -598,6 +598,20 @@ def test_settings_that_were_changed_need_no_digest(tmp_path: Path) -> None:
     assert read_measured(path)[1].channel == chosen.channel
 
 
+def test_a_file_that_polars_has_written(tmp_path: Path) -> None:
+    """It has the settings in its footer, and not in the schema that Arrow keeps there."""
+    polars = pytest.importorskip("polars", reason="pip install polars")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    _, bob, chosen = recorded(rows=2000)
+    ours, theirs = tmp_path / "bob.parquet", tmp_path / "polars.parquet"
+    write_measured(ours, bob, chosen)
+    settings = parquet.read_schema(ours).metadata[b"hybridkex"].decode()
+    polars.read_parquet(ours).write_parquet(theirs, metadata={"hybridkex": settings})
+    found, preset = read_measured(theirs)
+    assert preset.channel == chosen.channel
+    assert np.array_equal(found.bit, bob.bit)
+
+
 def test_an_announced_size_is_not_believed(tmp_path: Path) -> None:
     for shape in ((10**13,), (10**19, 10**19), (1 << 28,)):
         header = io.BytesIO()

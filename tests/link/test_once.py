@@ -1,7 +1,7 @@
 """The keys of measured detections are made once."""
 
+import errno
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +15,7 @@ import trio
 from hybridkex.cli import main
 from hybridkex.cli.actions import qkd_data
 from hybridkex.errors import BlockAborted, ConfigError, LinkError
+from hybridkex.link import measured
 from hybridkex.link.ledger import LANE_RESERVE, Ledger
 from hybridkex.link.measured import (
     Measured,
@@ -170,9 +171,34 @@ def test_two_commands_at_once_do_not_both_make_keys(
     assert not keys.exists()
 
 
-def test_a_folder_that_cannot_be_written_to_is_told_before_anything_is_sent(
-    files: list[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("reason", ["name", "room"])
+def test_a_marker_that_cannot_be_made_is_told_before_anything_is_sent(
+    files: list[str], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "access", lambda *_: False)  # the superuser may write everywhere
-    with pytest.raises(ConfigError, match=r"cannot write to the folder of .*alice\.npz"):
-        check_unused(files[0])
+    path = Path(files[0])
+    if reason == "name":
+        path = path.rename(path.with_name("a" * 250))
+    else:
+
+        def full(path: Path, content: bytes) -> None:
+            assert content
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(measured, "write_file", full)
+    before = sorted(path.parent.iterdir())
+    with pytest.raises(ConfigError, match=r"\.distilled, which marks .* cannot be made beside"):
+        check_unused(path)
+    assert sorted(path.parent.iterdir()) == before
+
+
+def test_alice_commits_herself_after_bob(files: list[str]) -> None:
+    """What Bob refuses, such as a signature of another key, is not used up at Alice's end."""
+
+    def refuse() -> None:
+        raise LinkError("no")
+
+    told: list[str] = []
+    ends = play(files, [partial(told.append, "alice"), refuse])
+    assert str(ends[1][1]) == "no"
+    assert ends[0][1] is not None
+    assert told == []

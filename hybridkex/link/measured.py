@@ -73,6 +73,8 @@ MOST_SETTINGS: Final = 1 << 20
 LONGEST_HEADER: Final = 4096
 """Bytes at the beginning of an array in an archive, up to its data; numpy writes 128."""
 PARTS: Final = ("source", "channel", "security")
+MARKER: Final = ".distilled"
+"""Suffix of the marker of a file of detections that have been used."""
 PARQUET_KEY: Final = b"hybridkex"
 PARQUET_DIGEST: Final = b"hybridkex_sha256"
 """Parquet has checksums of its pages, but none of its metadata."""
@@ -280,7 +282,7 @@ def distil(
 
     Raises:
         ConfigError: the arrays do not belong together.
-        BlockAborted: no key can be made of them.
+        LinkError: no key can be made of them; ``BlockAborted`` or ``NotRandom`` says why not.
         RuntimeError: called within trio; use :func:`alice_of` and :func:`bob_of` there.
     """
     instance("alice", alice, Measured)
@@ -427,7 +429,7 @@ def read_measured(path: Path | str) -> tuple[Measured, Preset]:
 
 def _marker(path: Path | str) -> Path:
     real = Path(path).resolve()
-    return real.with_name(f"{real.name}.distilled")
+    return real.with_name(f"{real.name}{MARKER}")
 
 
 def check_unused(path: Path | str) -> None:
@@ -444,6 +446,7 @@ def check_unused(path: Path | str) -> None:
         )
     trial = marker.with_name(f"{marker.name}~")
     try:
+        os.stat(path)
         write_file(trial, b"a trial\n")
         trial.unlink(missing_ok=True)  # another command may have tried as well
     except OSError as error:
@@ -453,20 +456,27 @@ def check_unused(path: Path | str) -> None:
         ) from None
 
 
-def mark_used(path: Path | str) -> None:
-    """Mark the detections in this file as used, by a file beside it; see :func:`check_unused`.
+def mark_used(*paths: Path | str) -> None:
+    """Mark the detections in files as used, by a file beside each; see :func:`check_unused`. All
+    are marked or none.
 
-    Raises ``LinkError`` if they are marked already, or cannot be.
+    Raises ``LinkError`` if one is marked already, or cannot be, or does not exist.
     """
-    marker = _marker(path)
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    try:
-        create_file(marker, f"'hybridkex qkd distil' used {path} at {now}.\n".encode())
-    except OSError as error:
-        raise LinkError(
-            f"the detections in {path} are not used, because {marker.name} cannot be made beside "
-            f"them: {error.strerror or error}"
-        ) from None
+    made: list[Path] = []
+    for path in paths:
+        marker = _marker(path)
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        try:
+            os.stat(path)
+            create_file(marker, f"'hybridkex qkd distil' used {path} at {now}.\n".encode())
+        except OSError as error:
+            for one in made:
+                one.unlink()
+            raise LinkError(
+                f"the detections in {path} are not used, because {marker.name} cannot be made "
+                f"beside them: {error.strerror or error}"
+            ) from None
+        made.append(marker)
 
 
 def _check_names(names: Sequence[str], known: Collection[str]) -> None:

@@ -107,7 +107,7 @@ class LinkSettings:
             raise ConfigError("key_bits is a positive multiple of 8")
         check_ranges(self, max_qber=(0.0, 0.5), tolerance=(0.0, 1.0))
         if not 0.0 < self.max_qber <= 0.5 or not 0.0 < self.tolerance < 1.0:
-            raise ConfigError("max_qber lies between 0 and 0.5, tolerance between 0 and 1")
+            raise ConfigError("max_qber is above 0 and at most 0.5, tolerance above 0 and below 1")
         for name, known in (
             ("finite_key", FINITE_KEY),
             ("leak", LEAKS),

@@ -202,3 +202,23 @@ def test_alice_commits_herself_after_bob(files: list[str]) -> None:
     assert str(ends[1][1]) == "no"
     assert ends[0][1] is not None
     assert told == []
+
+
+def test_files_are_marked_together_or_not_at_all(files: list[str], tmp_path: Path) -> None:
+    mark_used(files[1])
+    before = markers(tmp_path)
+    for wrong in (files, [files[0], str(tmp_path / "none.npz")], [files[0], files[0]]):
+        with pytest.raises(LinkError, match="are not used"):
+            mark_used(*wrong)
+        assert markers(tmp_path) == before
+    with pytest.raises(ConfigError, match="No such file"):
+        check_unused(tmp_path / "none.npz")
+
+
+def test_keys_do_not_replace_a_marker(
+    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = str(tmp_path / "alice.npz.distilled")
+    assert main(["qkd", "distil", *files, "--keys", keys]) == 1
+    assert "choose another name for the file" in capsys.readouterr().err
+    assert markers(tmp_path) == []

@@ -19,6 +19,7 @@ from hybridkex.link.authentication import Signatures
 from hybridkex.link.greeting import CLASSICAL, NUMBER, greet, greeted
 from hybridkex.link.ledger import Direction
 from hybridkex.link.measured import (
+    MARKER,
     SUFFIXES,
     Measured,
     alice_of,
@@ -119,8 +120,7 @@ def run_distil(options: DistilOptions) -> int:
             )
             if block.keys and options.keys is not None:
                 if len(measured) == 2:
-                    for path in options.files:
-                        mark_used(path)
+                    mark_used(*options.files)
                 keep("".join(f"{one.key_id} {one.key.reveal().hex()}\n" for one in block.keys))
     except LinkError as error:
         print(json_line({"keys": 0, "aborted": str(error)}))
@@ -135,6 +135,8 @@ def _check_new(path: Path) -> None:
     """Keys and measured detections cannot be made again. Raises ``ConfigError``."""
     if path.is_file():
         raise ConfigError(f"{path} exists already and is not replaced: choose another name")
+    if path.name.endswith(MARKER):
+        raise ConfigError(f"{path} would mark detections as used: choose another name for the file")
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """An anyio server goes on, whatever its peers do and however many they are."""
 
 import contextlib
-import gc
 import logging
 import os
 import resource
@@ -10,6 +9,7 @@ import struct
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import TypeVar
 
 import anyio
 import anyio.lowlevel
@@ -32,6 +32,7 @@ from hybridkex import (
 from hybridkex.anyio import SecureByteStream, SecureConnectable, SecureListener
 from hybridkex.errors import ConfigError
 from hybridkex.net.log import BoundedLog
+from hybridkex.net.pending import PendingConnections
 from hybridkex.qkd.in_process import in_process_pair
 
 CA = DevCa.create(algorithm="ed25519")
@@ -41,6 +42,7 @@ SERVER = ServerConfig(
 )
 CLIENT = ClientConfig(verifier=TrustStore((CA.certificate,)), groups=(X25519,), policy=POLICY)
 BACKENDS = ("asyncio", "trio")
+T = TypeVar("T")
 
 
 async def one_port() -> "anyio.abc.Listener[anyio.abc.SocketStream]":
@@ -287,8 +289,18 @@ def test_a_full_room_loses_the_oldest_of_the_largest_crowd(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.usefixtures("few_places")
-def test_those_who_wait_begin_when_the_listener_has_ended(backend: str) -> None:
+def test_those_who_wait_begin_when_the_listener_has_ended(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Their handlers may outlive it."""
+    waiting = list[PendingConnections[object]]()
+
+    class Watched(PendingConnections[T]):
+        def __init__(self, held: Callable[[str], int]) -> None:
+            super().__init__(held)
+            waiting.append(self)
+
+    monkeypatch.setattr(hybridkex.anyio, "PendingConnections", Watched)
 
     async def main() -> None:
         async with anyio.create_task_group() as handlers:
@@ -296,11 +308,8 @@ def test_those_who_wait_begin_when_the_listener_has_ended(backend: str) -> None:
             crowd = Crowd(port_of(listener))
             async with anyio.create_task_group() as group:
                 group.start_soon(listener.serve, naive, handlers)
-                crowd.grow(20, hello_of(CLIENT))
-                gc.collect()  # a descriptor that another test left is not closed meanwhile
-                before = len(os.listdir("/proc/self/fd"))
-                # The twenty, and the descriptor that watches them.
-                await until(lambda: len(os.listdir("/proc/self/fd")) >= before + 21)
+                crowd.grow(20, hello_of(CLIENT))  # of one address, which has half of eight places
+                await until(lambda: bool(waiting) and len(waiting[0]) == 16)
                 group.cancel_scope.cancel()
             await listener.aclose()
             await until(lambda: crowd.answered() == 20)

@@ -758,13 +758,15 @@ async def test_a_check_writes_little(postgres: PostgresServer) -> None:
             "INSERT INTO spent (link, key_id)"
             " SELECT 'b', gen_random_uuid()::text FROM generate_series(1, 20000)"
         )
-        for _ in range(3):  # others may write in between
+        for _ in range(20):  # others may write in between: one undisturbed check is enough
             connection.execute("CHECKPOINT")
             query: LiteralString = "SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), '0/0')"
             [before] = connection.execute(query).fetchone() or [0]
             await store.check()
             [after] = connection.execute(query).fetchone() or [0]
             written.append(after - before)
+            if written[-1] < 200_000:
+                break
     await store.aclose()
     assert 0 < min(written) < 200_000
 

@@ -745,8 +745,10 @@ class Frail(trio.abc.Stream):
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         await self._call()
         try:
-            part = bytes(data)[: self._chance.randrange(len(data))] if not self._left else data
-            await self._stream.send_all(part)
+            if not self._left:
+                await self._stream.send_all(bytes(data)[: self._chance.randrange(len(data))])
+                await self._call()  # at once: nobody sends the rest, and both could wait for it
+            await self._stream.send_all(data)
         except trio.ClosedResourceError:
             raise trio.BrokenResourceError("cut") from None
 

@@ -213,8 +213,9 @@ def _label(name: str, value: Any) -> str:
         return _text(name)
     if isinstance(value, int | float):
         return f"{_text(name)} {_short(value)}"
-    # matplotlib keeps what begins with this out of the legend.
-    return f"{_text(name)} {_text(value)}" if value.startswith("_") else _text(value)
+    # A check is "off", which says nothing alone; matplotlib leaves out what begins with "_".
+    named = name.endswith("_check") or value.startswith("_")
+    return f"{_text(name)} {_text(value)}" if named else _text(value)
 
 
 def _short(value: float, form: str = "g") -> str:

@@ -173,6 +173,9 @@ def test_a_legend_names_every_kind_of_value() -> None:
     assert [line.get_label() for line in axes.lines] == [
         "no eve", "eve", "not eve", "pns", "eve 5", "eve 0.25", "[1, 2]",
     ]  # fmt: skip
+    rows = [{"distance_km": 1, "rate": 1e-3, "decoy_check": value} for value in ("full", "off")]
+    _, axes = plots.plot_scan(rows, by=["decoy_check"])
+    assert [line.get_label() for line in axes.lines] == ["decoy_check full", "decoy_check off"]
 
 
 @pytest.mark.parametrize(

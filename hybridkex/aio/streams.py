@@ -155,14 +155,19 @@ async def upgrade(
     Raises:
         LocalStateError: ``reader`` holds bytes that came before the handshake. An attacker may have
             sent them (CVE-2011-0411, CVE-2021-23222), so the connection is aborted.
+        RuntimeError: another task reads from ``reader``.
         SecureConnectionError: the handshake failed; ``__cause__`` is the reason. What code of the
             configuration has raised is raised as it is.
+
+    An argument that is refused leaves the plain connection as it was; see
+    :func:`~hybridkex.aio.start_tls`.
     """
     await writer.drain()
     plain = cast(asyncio.Transport, writer.transport)
     check_plain(plain)
-    plain.pause_reading()
-    if await _holds_data(reader):
+    # From here until start_tls has taken over the transport, or has refused its arguments, the loop
+    # does not run: no byte can come, and no cancellation.
+    if _holds_data(reader):
         plain.abort()
         raise LocalStateError(
             "data arrived before the TLS handshake, perhaps from an attacker: connection aborted"
@@ -175,14 +180,12 @@ async def upgrade(
     return secure_reader, asyncio.StreamWriter(transport, protocol, secure_reader, loop)
 
 
-async def _holds_data(reader: asyncio.StreamReader) -> bool:
-    """Whether a reader holds bytes. A read that would have to wait is cancelled."""
-    reading = asyncio.ensure_future(reader.read(1))
+def _holds_data(reader: asyncio.StreamReader) -> bool:
+    """Whether a reader holds bytes. A read that would have to wait is given up."""
+    reading = reader.read(1)
     try:
-        await asyncio.sleep(0)
-        if reading.done():
-            return bool(reading.result())
-    finally:
-        reading.cancel()
-    await asyncio.wait((reading,))
+        reading.send(None)
+    except StopIteration as done:
+        return bool(done.value)
+    reading.close()
     return False

@@ -269,6 +269,7 @@ def test_a_connection_within_a_connection(
 
     async def inside(reader: Any, writer: Any) -> None:
         with contextlib.suppress(ConnectionError):
+            writer.write(b"ready\n")
             if kind == "theirs in ours":
                 await writer.start_tls(stock)
             else:
@@ -290,6 +291,8 @@ def test_a_connection_within_a_connection(
             server = await start_server(inside, "127.0.0.1", 0, server_config)
             port = server.sockets[0].getsockname()[1]
             reader, writer = await connect(port, client_config)
+        # What comes with the outer handshake's end is data of the outer connection.
+        assert await reader.readline() == b"ready\n"
         if kind == "theirs in ours":
             await writer.start_tls(trusting, server_hostname="localhost")
         else:
@@ -341,17 +344,17 @@ def test_a_writer_whose_upgrade_fails_is_closed(
 def test_an_upgrade_twice(
     run: Run, client_config: ClientConfig, server_config: ServerConfig, cancelled: bool
 ) -> None:
-    """The second one is refused, and the first one works. One that was cancelled before it sent
-    anything is no obstacle."""
+    """The second one is refused, and the first one works. One that was cancelled before it began is
+    no obstacle."""
     begun = asyncio.Event()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         first = asyncio.ensure_future(upgrade(reader, writer, server_config))
-        await asyncio.sleep(0)
         if cancelled:
             first.cancel()
             await asyncio.wait((first,))
             first = asyncio.ensure_future(upgrade(reader, writer, server_config))
+        await asyncio.sleep(0)  # it begins
         begun.set()
         secure = await first
         with pytest.raises(SecureConnectionError, match="secured already"):
@@ -365,6 +368,48 @@ def test_an_upgrade_twice(
             reader, writer = await upgrade(*plain, client_config, server_hostname="localhost")
             writer.write(b"hello")
             assert await reader.readexactly(5) == b"hello"
+            await closed(writer)
+
+    run(main())
+
+
+REFUSED: dict[str, tuple[dict[str, Any], type[Exception]]] = {
+    "no configuration": ({"config": None}, ConfigError),
+    "no name": ({"server_hostname": ""}, ConfigError),
+    "an impossible name": ({"server_hostname": "a..b"}, ConfigError),
+    "a handshake timeout": ({"ssl_handshake_timeout": -1}, ValueError),
+    "a shutdown timeout": ({"ssl_shutdown_timeout": 0}, ValueError),
+    "an unknown option": ({"host": "localhost"}, TypeError),
+    "a limit": ({"limit": 0}, ValueError),
+    "a task that reads": ({}, RuntimeError),
+}
+
+
+@pytest.mark.parametrize("how", [*REFUSED, "nothing: start_tls"])
+def test_a_plain_connection_whose_upgrade_is_refused_goes_on(
+    run: Run, client_config: ClientConfig, how: str
+) -> None:
+    """Its arguments are checked before the transport is touched."""
+    change, error = REFUSED.get(how, ({"config": None}, ConfigError))
+    arguments = {"config": client_config, "server_hostname": "localhost", **change}
+
+    async def main() -> None:
+        async with plain_server() as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            line = asyncio.ensure_future(reader.readline())
+            if "task" in how:
+                await asyncio.sleep(0)
+            else:
+                line.cancel()
+            streams: Any = (reader, writer)
+            if "start_tls" in how:
+                streams = (writer.transport, asyncio.Protocol())
+            with pytest.raises(error):
+                await (start_tls if "start_tls" in how else upgrade)(*streams, **arguments)
+            plain: Any = writer.transport
+            assert plain.is_reading()
+            writer.write(b"in the clear\n")
+            assert await (line if "task" in how else reader.readline()) == b"in the clear\n"
             await closed(writer)
 
     run(main())

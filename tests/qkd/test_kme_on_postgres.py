@@ -147,8 +147,11 @@ async def test_two_sites_of_two_processes_behind_one_address_each(
 
 
 async def test_requests_get_503_while_the_database_is_away(
-    site: Site, postgres: PostgresServer
+    site: Site, postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from hybridkex.qkd import postgres_store
+
+    monkeypatch.setattr(postgres_store, "WAIT_SECONDS", 1.0)
     config = site.kme("kme-c", saes=("alice",), self_pairs=True)
     config = replace(config, store=database(postgres, "away"))
     async with running(ServeConfig(kme=(config,))) as where:
@@ -161,7 +164,7 @@ async def test_requests_get_503_while_the_database_is_away(
                 for _ in range(2):
                     with pytest.raises(KeySourceUnavailable, match="503"):
                         await alice.dec_keys("alice", list(keys))
-                assert trio.current_time() - began < 12
+                assert trio.current_time() - began < 8
             finally:
                 await trio.to_thread.run_sync(postgres.start)
             with trio.fail_after(15):

@@ -304,5 +304,19 @@ def test_a_thread_that_dies_before_it_begins(monkeypatch: pytest.MonkeyPatch) ->
         with pytest.raises(MemoryError):
             dead.start()
         threading._limbo.pop(dead, None)  # type: ignore[attr-defined]
+
+        # The process was slow, and time is up where the lock of the waiting thread is free.
+        release = threading.Condition._release_save  # type: ignore[attr-defined]
+
+        def release_late(condition: threading.Condition) -> None:
+            release(condition)
+            for _ in range(2):
+                signal.raise_signal(signal.SIGALRM)
+
+        monkeypatch.setattr(threading.Condition, "_release_save", release_late)
+        dead = threading.Thread(target=int)
+        with pytest.raises(MemoryError):
+            dead.start()
+        threading._limbo.pop(dead, None)  # type: ignore[attr-defined]
     assert (threading.Thread.start, signal.getsignal(signal.SIGALRM)) == before
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)

@@ -1,7 +1,7 @@
 """anyio: a byte stream, a listener and a connectable, on both of anyio's back ends.
 
-The engine runs over any byte stream of anyio, as ``anyio.streams.tls.TLSStream`` does. Needs
-``anyio`` (extra ``anyio``).
+The engine runs over any byte stream of anyio, and over any object stream of bytes, as
+``anyio.streams.tls.TLSStream`` does. Needs ``anyio`` (extra ``anyio``).
 """
 
 import contextlib
@@ -15,9 +15,11 @@ from typing import Any, ClassVar, Final, Self
 import anyio
 from anyio.abc import (
     AnyByteStream,
+    AnyByteStreamConnectable,
     ByteStream,
     ByteStreamConnectable,
     Listener,
+    ObjectStream,
     SocketAttribute,
     TaskGroup,
 )
@@ -113,8 +115,6 @@ class SecureByteStream(SecureDuplex, ByteStream):
             handshake_timeout=handshake_timeout,
         )
         self.transport_stream = transport_stream
-        # The type may be an object stream's, whose receive() takes no size.
-        self._receive_raw: Any = transport_stream.receive
 
     @classmethod
     async def wrap(
@@ -157,11 +157,14 @@ class SecureByteStream(SecureDuplex, ByteStream):
         return stream
 
     async def _read_some(self) -> bytes:
-        try:
-            data: bytes = await self._receive_raw(READ_SIZE)
-        except anyio.EndOfStream:
-            return b""
-        return data
+        stream: AnyByteStream = self.transport_stream
+        item = b""
+        with contextlib.suppress(anyio.EndOfStream):
+            if not isinstance(stream, ObjectStream):
+                return await stream.receive(READ_SIZE)
+            while not (item := await stream.receive()):
+                pass  # an empty item is no end
+        return item
 
     async def _write(self, data: bytes | bytearray) -> None:
         await self.transport_stream.send(bytes(data))
@@ -522,7 +525,7 @@ class SecureConnectable(ByteStreamConnectable):
 
     def __init__(
         self,
-        connectable: ByteStreamConnectable,
+        connectable: AnyByteStreamConnectable,
         config: ClientConfig,
         *,
         server_hostname: str,

@@ -9,7 +9,7 @@ import struct
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import anyio
 import anyio.lowlevel
@@ -382,6 +382,63 @@ def test_a_name_that_is_none_leaves_no_connection(backend: str) -> None:
     anyio.run(main, backend=backend)
 
 
+class Items(anyio.abc.ObjectStream[bytes]):
+    """An object stream of bytes, whose items may be longer than any read, or empty."""
+
+    def __init__(self, sends: Any, receives: Any) -> None:
+        self._sends, self._receives = sends, receives
+
+    async def receive(self) -> bytes:
+        item: bytes = await self._receives.receive()
+        return item
+
+    async def send(self, item: bytes) -> None:
+        await self._sends.send(b"")
+        await self._sends.send(item)
+
+    async def send_eof(self) -> None:
+        await self._sends.aclose()
+
+    async def aclose(self) -> None:
+        await self._sends.aclose()
+        await self._receives.aclose()
+
+
+class OneOfItems(anyio.abc.ObjectStreamConnectable[bytes]):
+    def __init__(self, stream: Items) -> None:
+        self._stream = stream
+
+    async def connect(self) -> Items:
+        return self._stream
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_object_streams_of_bytes(backend: str) -> None:
+    """anyio's own TLS runs over them, too."""
+    data = os.urandom(1_000_000)
+
+    async def main() -> None:
+        here = anyio.create_memory_object_stream[bytes](4)
+        there = anyio.create_memory_object_stream[bytes](4)
+        connectable = OneOfItems(Items(here[0], there[1]))
+        listener = SecureListener(One(Items(there[0], here[1])), SERVER)
+        async with anyio.create_task_group() as group:
+            group.start_soon(listener.serve, naive)
+            with anyio.fail_after(20):
+                client = await SecureConnectable(
+                    connectable, CLIENT, server_hostname="localhost"
+                ).connect()
+                group.start_soon(client.send, data)
+                got = b""
+                while len(got) < len(data):
+                    got += await client.receive()
+                assert got == data
+                await client.aclose()
+            group.cancel_scope.cancel()
+
+    anyio.run(main, backend=backend)
+
+
 class Mute(anyio.abc.ByteStream):
     """Breaks without a text, as anyio's own streams do."""
 
@@ -396,10 +453,10 @@ class Mute(anyio.abc.ByteStream):
     async def aclose(self) -> None: ...
 
 
-class One(anyio.abc.Listener["anyio.abc.ByteStream"]):
+class One(anyio.abc.Listener["anyio.abc.AnyByteStream"]):
     """Accepts one connection."""
 
-    def __init__(self, stream: "anyio.abc.ByteStream") -> None:
+    def __init__(self, stream: "anyio.abc.AnyByteStream") -> None:
         self._stream = stream
 
     async def serve(self, handler: object, task_group: object = None) -> None:

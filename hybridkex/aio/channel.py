@@ -827,6 +827,8 @@ class WritingHalf:
     high = low = 0
     """The marks, in bytes, at which it is asked to pause and to resume."""
     _size = 0
+    _sealed = 0
+    """Bytes that were encrypted, of all that were written."""
     _eof_written = False
     _below_full = False
     _not_taken = False
@@ -839,6 +841,9 @@ class WritingHalf:
         self._engine: Final = life.engine
         self.outgoing: Final[deque[bytes | memoryview]] = deque()
         """Written data that waits to be encrypted."""
+        self._updates: Final[deque[tuple[int, bool]]] = deque()
+        """Key updates that wait for the data written before them: the value of ``_sealed`` at which
+        one is due, and whether it asks the peer to change its key, too."""
 
     def attach(self, raw: asyncio.Transport) -> None:
         # The write buffer of an upgraded transport may be full already; only changes are signalled.
@@ -912,6 +917,7 @@ class WritingHalf:
                 return  # until more of the pad is there
             if life.renewer is not None:
                 life.renewer.sent(len(batch))
+            self._sealed += len(batch)
             records: bytes | bytearray | None = None
             if type(batch) is bytes:
                 records = self._engine.seal_record(batch)
@@ -924,6 +930,7 @@ class WritingHalf:
                 records = self._engine.data_to_send()
             if not life.hand_over(records):
                 self._not_taken = True
+            self._update_keys()
         if self.outgoing:
             self._pump_soon()
         elif self.end_due:
@@ -933,21 +940,43 @@ class WritingHalf:
 
     def _next_batch(self) -> bytes | memoryview:
         """Remove the data of one batch from the queue; short pieces are joined, long ones cut."""
-        outgoing = self.outgoing
-        if len(outgoing) > 1 and len(outgoing[0]) < self.batch:
+        outgoing, most = self.outgoing, self.batch
+        if self._updates:
+            most = min(most, self._updates[0][0] - self._sealed)
+        if len(outgoing) > 1 and len(outgoing[0]) < most:
             size, pieces = 0, []
-            while outgoing and size + len(outgoing[0]) <= self.batch:
+            while outgoing and size + len(outgoing[0]) <= most:
                 pieces.append(outgoing.popleft())
                 size += len(pieces[-1])
             self._size -= size
             return b"".join(pieces)
         first = outgoing.popleft()
-        if len(first) > self.batch:
+        if len(first) > most:
             view = memoryview(first)
-            outgoing.appendleft(view[self.batch :])
-            first = view[: self.batch]
+            outgoing.appendleft(view[most:])
+            first = view[:most]
         self._size -= len(first)
         return first
+
+    def update_keys(self, *, request_peer: bool) -> None:
+        """Change our sending key behind the data that was written.
+
+        Raises:
+            LocalStateError: as the engine's ``update_keys``.
+        """
+        if self.end_due:
+            raise LocalStateError(
+                "keys can be updated only after the handshake and before the connection is closed"
+            )
+        self._updates.append((self._sealed + self._size, request_peer))
+        self._update_keys()
+
+    def _update_keys(self) -> None:
+        """Send the key updates that no data has to precede any more."""
+        while self._updates and self._updates[0][0] == self._sealed:
+            _, request_peer = self._updates.popleft()
+            self._engine.update_keys(request_peer=request_peer)
+            self._life.send_output()
 
     def write_eof(self) -> None:
         """Send close_notify after all data that was written; receiving continues."""
@@ -971,6 +1000,7 @@ class WritingHalf:
     def discard(self) -> None:
         """Discard the data that waits."""
         self.outgoing.clear()
+        self._updates.clear()
         self._size = 0
         self.end_due = False
 

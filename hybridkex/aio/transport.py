@@ -147,7 +147,8 @@ class SecureTransport(transports._FlowControlMixin):
         return self._life.engine.pad if pads is None else pads.budget
 
     def update_keys(self, *, request_peer: bool = False) -> None:
-        """Change our sending key and ask the peer to change its key (RFC 9846 section 4.7.3).
+        """Change our sending key behind the data that was written, and ask the peer to change its
+        key if ``request_peer`` (RFC 9846 section 4.7.3).
 
         If Extended Key Update was negotiated, this starts one, with a QKD key if the policy uses
         them. When it is complete, :attr:`session` has another epoch.
@@ -164,8 +165,7 @@ class SecureTransport(transports._FlowControlMixin):
                 )
             renewer.update()
             return
-        engine.update_keys(request_peer=request_peer)
-        self._life.send_output()
+        self._writing.update_keys(request_peer=request_peer)
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         """Information about the connection, by name; see the class."""

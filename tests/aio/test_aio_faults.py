@@ -33,6 +33,7 @@ from hybridkex import (
     QkdPskSource,
     Requirement,
     ServerConfig,
+    ServerConnection,
 )
 from hybridkex.aio import (
     SecureConnectionAborted,
@@ -368,6 +369,90 @@ def test_an_upgrade_twice(
             reader, writer = await upgrade(*plain, client_config, server_hostname="localhost")
             writer.write(b"hello")
             assert await reader.readexactly(5) == b"hello"
+            await closed(writer)
+
+    run(main())
+
+
+@pytest.mark.parametrize("size", [6, 16_384, 2_000_000])
+@pytest.mark.parametrize("where", ["a task", "a callback", "a task, then close"])
+def test_a_key_update_follows_the_data_that_was_written_before_it(
+    run: Run,
+    client_config: ClientConfig,
+    server_config: ServerConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    size: int,
+    where: str,
+) -> None:
+    """And precedes what is written behind it."""
+    sealed, updates = [0], list[int]()
+    seal, send = ServerConnection.seal_record, ServerConnection.send_data
+    update = ServerConnection.update_keys
+
+    def seal_record(self: ServerConnection, data: bytes) -> Any:
+        record = seal(self, data)
+        sealed[0] += len(data) if record is not None else 0
+        return record
+
+    def send_data(self: ServerConnection, data: Any) -> None:
+        sealed[0] += len(data)
+        send(self, data)
+
+    def update_keys(self: ServerConnection, **options: Any) -> None:
+        update(self, **options)
+        updates.append(sealed[0])
+
+    monkeypatch.setattr(ServerConnection, "seal_record", seal_record)
+    monkeypatch.setattr(ServerConnection, "send_data", send_data)
+    monkeypatch.setattr(ServerConnection, "update_keys", update_keys)
+
+    class Answers(asyncio.Protocol):
+        def connection_made(self, transport: Any) -> None:
+            self.transport = transport
+            if where != "a callback":
+                asyncio.get_running_loop().call_soon(self.answer)
+
+        def data_received(self, data: bytes) -> None:
+            if where == "a callback":
+                self.answer()
+
+        def answer(self) -> None:
+            self.transport.writelines((b"first", bytes(size - 5)))
+            self.transport.update_keys()
+            self.transport.write(bytes(size))
+            self.transport.update_keys(request_peer=True)
+            self.transport.update_keys()
+            self.transport.write(b"end")
+            if "close" in where:
+                self.transport.close()
+                with pytest.raises(LocalStateError, match="before the connection is closed"):
+                    self.transport.update_keys()
+
+    async def main() -> None:
+        server = await create_server(Answers, "127.0.0.1", 0, server_config)
+        reader, writer = await connect(server.sockets[0].getsockname()[1], client_config)
+        writer.write(b"?")
+        assert (await reader.readexactly(2 * size + 3)).endswith(b"end")
+        await closed(writer)
+        server.close()
+
+    run(main())
+    assert updates == [size, 2 * size, 2 * size]
+
+
+def test_a_key_update_behind_each_message(
+    run: Run, client_config: ClientConfig, server_config: ServerConfig
+) -> None:
+    """More of them than a peer accepts in a row."""
+
+    async def main() -> None:
+        async with serving(server_config) as port:
+            reader, writer = await connect(port, client_config)
+            for _ in range(100):
+                writer.write(b"message")
+                await writer.drain()
+                writer.transport.update_keys()  # type: ignore[attr-defined]
+            assert await reader.readexactly(700) == b"message" * 100
             await closed(writer)
 
     run(main())

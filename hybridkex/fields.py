@@ -8,10 +8,11 @@ import inspect
 import math
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from enum import Enum
 from functools import cache, partial
+from inspect import getattr_static
 from types import NoneType, UnionType
 from typing import Annotated, Any, Final, NamedTuple, Union, get_args, get_origin
 
@@ -26,6 +27,8 @@ class Kind(NamedTuple):
     what: str
     example: str = "..."
     """The right-hand side of a correct line."""
+    protocols: tuple[type, ...] = ()
+    """The protocols among its types."""
 
 
 def _is_number(value: Any) -> bool:
@@ -76,12 +79,10 @@ def _kind_of(type_: Any) -> Kind:
     example = f"{class_.__name__}(...)"
     if issubclass(class_, Enum):
         example = f"{class_.__name__}.{next(iter(class_)).name}"
-    # A class has the methods of its instances, so a protocol check would accept it.
-    return Kind(
-        lambda value: not isinstance(value, type) and isinstance(value, class_),
-        _with_article(class_.__name__),
-        example,
-    )
+    what = _with_article(class_.__name__)
+    if _is_protocol(class_):
+        return Kind(lambda value: not _missing(value, class_), what, example, (class_,))
+    return Kind(lambda value: isinstance(value, class_), what, example)
 
 
 def _either(kinds: list[Kind]) -> Kind:
@@ -90,6 +91,7 @@ def _either(kinds: list[Kind]) -> Kind:
         lambda value: any(kind.fits(value) for kind in kinds),
         f"{', '.join(first)} or {last}",
         kinds[0].example,
+        tuple(one for kind in kinds for one in kind.protocols),
     )
 
 
@@ -131,10 +133,59 @@ def check_fields(made: Any, examples: Mapping[str, str] | None = None) -> None:
         value = getattr(made, name)
         if not kind.fits(value):
             right = (examples or {}).get(name, f"{name}={kind.example}")
+            nearest = min((_missing(value, one) for one in kind.protocols), key=len, default=[])
             raise ConfigError(
-                f"{type(made).__name__}: {name} takes {kind.what}, not {described(value)}; "
-                f"write, for example: {right}"
+                f"{type(made).__name__}: {name} takes {kind.what}, not {described(value)}"
+                f"{_without(value, nearest)}; write, for example: {right}"
             )
+
+
+def check_members(name: str, value: Any, base: type, members: Iterable[str] | None = None) -> None:
+    """Check that an object of the caller is complete.
+
+    Args:
+        name: what it is given as.
+        value: the object.
+        base: the protocol or base class; a member that is only inherited from it is missing.
+        members: those that are needed; by default, all public members of the protocol.
+
+    Raises:
+        ConfigError: the object lacks a member; the message names all such.
+    """
+    if missing := _missing(value, base, members):
+        raise ConfigError(
+            f"{name} takes {_with_article(base.__name__)}, not {described(value)}"
+            f"{_without(value, missing)}"
+        )
+
+
+def _missing(value: Any, base: type, members: Iterable[str] | None = None) -> list[str]:
+    # A class has the methods of its instances.
+    return [
+        one
+        for one in members or _members(base)
+        if isinstance(value, type)
+        or not hasattr(value, one)
+        or getattr_static(type(value), one, value) is getattr_static(base, one, base)
+    ]
+
+
+@cache
+def _members(protocol: type) -> tuple[str, ...]:
+    bases = [one for one in protocol.__mro__ if _is_protocol(one)]
+    names = [name for one in bases for name in (*vars(one), *one.__annotations__)]
+    return tuple(dict.fromkeys(name for name in names if not name.startswith("_")))
+
+
+def _is_protocol(class_: type) -> bool:
+    return bool(vars(class_).get("_is_protocol"))
+
+
+def _without(value: Any, missing: list[str]) -> str:
+    """The members that an object lacks; nothing for a value that no one meant as such an object."""
+    if not missing or isinstance(value, type) or type(value).__module__ == "builtins":
+        return ""
+    return f" that lacks {', '.join(missing)}"
 
 
 def described(value: Any) -> str:

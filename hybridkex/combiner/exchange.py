@@ -59,6 +59,7 @@ from hybridkex.errors import (
     IllegalParameter,
     TruncationError,
 )
+from hybridkex.fields import check_members
 from hybridkex.machine import broken
 from hybridkex.net.event_loop import ask, in_thread
 from hybridkex.net.reading import EndOfStream, read_exactly
@@ -255,9 +256,14 @@ class ExchangeConfig:
             require(getattr(self, name), kind, name)
         require(self.length, int, "length")
         require(self.method, Method, "method")
+        check_members("authentication", self.authentication, Authentication)
+        if self.key_source is not None:
+            check_members("key_source", self.key_source, KeySource)
         object.__setattr__(self, "exchanges", tuple(self.exchanges))
         if not self.exchanges:
             raise ConfigError("at least one key exchange is required")
+        for one in self.exchanges:
+            check_members("exchanges", one, KeyExchange)
         if not self.local or not self.peer or self.local == self.peer:
             raise ConfigError("local and peer must be two different names")
         if not self.label:

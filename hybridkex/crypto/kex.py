@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from hybridkex.constants import GroupCode
 from hybridkex.errors import ConfigError, IllegalParameter
+from hybridkex.fields import check_members
 from hybridkex.reasons import Reason
 from hybridkex.secret import Secret
 
@@ -97,6 +98,7 @@ class Group:
     exchange: KeyExchange
 
     def __post_init__(self) -> None:
+        check_members("exchange", self.exchange, KeyExchange)
         if not 0 < self.code <= 0xFFFF:
             raise ConfigError(
                 f"{self.name}: the code point of a group must fit 16 bits, not {self.code:#x}"
@@ -288,6 +290,8 @@ class Concat:
     def __init__(self, *parts: KeyExchange, name: str | None = None) -> None:
         if len(parts) < 2:
             raise ConfigError("a hybrid key exchange needs at least two parts")
+        for part in parts:
+            check_members("Concat", part, KeyExchange)
         parts = tuple(single for part in parts for single in part.parts)
         self.parts = parts
         self.name = name or "+".join(part.name for part in parts)

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Final
 
 from hybridkex.errors import BlockAborted, ConfigError
+from hybridkex.fields import check_members
 from hybridkex.link.authentication import collision_probability
 from hybridkex.link.cascade import Cascade
 from hybridkex.link.finite_key import FINITE_KEY, Counts, FiniteKeyProof, SecretLength, proof_for
@@ -116,9 +117,7 @@ class LinkSettings:
             ("reauthentication", REAUTHENTICATION),
         ):
             one_of(name, getattr(self, name), known)
-        for method in ("name", "respond", "correct"):
-            if not hasattr(self.reconciler, method):
-                raise ConfigError(f"reconciler takes a Reconciler: {method!r} is missing")
+        check_members("reconciler", self.reconciler, Reconciler)
         if self.block_detections is not None and self.block_detections < 1:
             raise ConfigError("block_detections must be positive")
         if self.memory > MEMORY:

@@ -19,6 +19,7 @@ from hybridkex.errors import (
     KeyUnauthorized,
     KeyUnknown,
 )
+from hybridkex.fields import check_members
 from hybridkex.net.event_loop import current_time, time_limit
 from hybridkex.net.log import BoundedLog
 from hybridkex.qkd.source import KeyReference, KeySource, QkdKey, SourceStatus
@@ -36,6 +37,8 @@ COMBINED_BYTES: Final = 32
 def _same_saes(sources: Sequence[KeySource]) -> tuple[str, str]:
     if len(sources) < 2:
         raise ConfigError("at least two key sources are required")
+    for source in sources:
+        check_members("sources", source, KeySource)
     saes = {(source.local_sae, source.peer_sae) for source in sources}
     if len(saes) != 1:
         raise ConfigError("the key sources are for different pairs of SAEs")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from hybridkex.errors import ConfigError, KeySourceError, KeySourceExhausted
+from hybridkex.fields import check_members
 from hybridkex.net.event_loop import Event, ask, checkpoint_if_cancelled, current_time, sleep
 from hybridkex.qkd.source import KeyReference, KeySource, QkdKey, SourceStatus
 from hybridkex.text import get_logger
@@ -46,6 +47,7 @@ class PrefetchSource:
     """
 
     def __init__(self, source: KeySource, config: PrefetchConfig | None = None) -> None:
+        check_members("source", source, KeySource)
         self.local_sae: Final = source.local_sae
         self.peer_sae: Final = source.peer_sae
         self._source = source

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Final, Protocol, Self, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Final, Protocol, Self, TypeVar, runtime_checkable
 
 from hybridkex.auth import (
     Identity,
@@ -24,7 +24,7 @@ from hybridkex.crypto.psk import ExternalPsk
 from hybridkex.crypto.signatures import ALL_SCHEMES, SignatureScheme
 from hybridkex.crypto.suites import ALL_SUITES, CipherSuite
 from hybridkex.errors import ConfigError
-from hybridkex.fields import check_fields, checked_clock, described
+from hybridkex.fields import check_fields, check_members, checked_clock, described
 from hybridkex.tls.certificate_types import AnyClientVerifier, AnyServerVerifier
 from hybridkex.tls.fresh_keys import FreshKeys, UpdateKeySource
 from hybridkex.tls.one_time_pad import OneTimePad, PadSource
@@ -214,6 +214,7 @@ class _Config:
     _made_once: dict[object, Any] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
+    _extension_members: ClassVar[tuple[str, ...]] = ("type",)
 
     def __post_init__(self) -> None:
         check_fields(self, _EXAMPLES)
@@ -226,13 +227,7 @@ class _Config:
                 raise ConfigError(f"the ALPN protocol {name!r} must have 1 to 255 bytes")
         if len(set(self.alpn)) != len(self.alpn):
             raise ConfigError("an ALPN protocol is listed twice")
-        types = [one.type for one in self.extensions]
-        if len(set(types)) != len(types):
-            raise ConfigError("two extensions have the same type")
-        if taken := KNOWN_TYPES.intersection(types):
-            raise ConfigError(
-                f"the engine itself handles extension {min(taken)}; choose another type"
-            )
+        self._check_extensions()
         identities = [(psk.identity, psk.context) for psk in self.psks]
         if len(set(identities)) != len(identities):
             raise ConfigError("two PSKs have the same identity")
@@ -251,6 +246,21 @@ class _Config:
         limit = self.record_size_limit
         if limit is not None and not 64 <= limit <= MAX_PLAINTEXT:
             raise ConfigError(f"record_size_limit must be 64 to {MAX_PLAINTEXT}, not {limit}")
+
+    def _check_extensions(self) -> None:
+        for one in self.extensions:
+            codec = () if len(vars(one)) == len(one.layout) else ("read", "body")
+            needed = (*self._extension_members, *codec)
+            check_members("extensions", one, ApplicationExtension, needed)
+            if not (isinstance(one.type, int) and 0 <= one.type <= 0xFFFF):
+                raise ConfigError(f"{type(one).__name__}: the type of an extension is 0 to 65535")
+        types = [one.type for one in self.extensions]
+        if len(set(types)) != len(types):
+            raise ConfigError("two extensions have the same type")
+        if taken := KNOWN_TYPES.intersection(types):
+            raise ConfigError(
+                f"extension type {min(taken)} is implemented by the engine; choose another type"
+            )
 
     def _check_groups(self) -> None:
         wanted = self.policy.post_quantum
@@ -345,11 +355,8 @@ class _Config:
                 )
             return
         if not self.wants_fresh_keys:
-            raise ConfigError("a one-time pad gets its keys by key updates: fresh_keys is off")
-        if not isinstance(self.psk_source, PadSource):
-            raise ConfigError(
-                "a one-time pad needs a source of QKD keys: psk_source=QkdPskSource(source)"
-            )
+            raise ConfigError("one_time_pad requires fresh_keys, which the policy turns off")
+        _check_source("a one-time pad needs", self.psk_source, PadSource)
 
     def _check_fresh_keys(self) -> None:
         if self.fresh_keys is not None and not self.wants_fresh_keys:
@@ -363,10 +370,7 @@ class _Config:
             raise ConfigError(
                 "fresh_qkd applies to key updates: give fresh_keys=FreshKeys(...) too"
             )
-        if not isinstance(self.psk_source, UpdateKeySource):
-            raise ConfigError(
-                "QKD keys in key updates need a source of them: psk_source=QkdPskSource(source)"
-            )
+        _check_source("QKD keys in key updates need", self.psk_source, UpdateKeySource)
 
     def binding(self, identity: Identity | RawIdentity | None) -> bytes:
         """The binding of tickets: SHA-256 over the policy in force, the PSKs and our identity.
@@ -413,6 +417,12 @@ class _Config:
     def inner_limit(self) -> int:
         """Bytes of content and type that we accept in a protected record."""
         return (self.record_size_limit or MAX_PLAINTEXT) + 1
+
+
+def _check_source(need: str, source: PskSource | None, kind: type) -> None:
+    if source is None:
+        raise ConfigError(f"{need} a source of QKD keys: psk_source=QkdPskSource(source)")
+    check_members(f"{need} QKD keys: psk_source", source, kind)
 
 
 def _check_list(what: str, items: Iterable[Group | CipherSuite | SignatureScheme]) -> None:
@@ -536,6 +546,7 @@ class ServerConfig(_Config):
     tickets_per_connection: int = 2
     cookies: CookieProtector = field(default_factory=CookieProtector)
     require_known_name: bool = False
+    _extension_members: ClassVar[tuple[str, ...]] = ("type", "answer")
 
     def __post_init__(self) -> None:
         super().__post_init__()

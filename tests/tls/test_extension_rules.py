@@ -199,7 +199,7 @@ def test_the_second_hello_repeats_the_extension(configs: Configs) -> None:
 @pytest.mark.parametrize("type_", sorted(ext.KNOWN_TYPES))
 def test_the_types_of_the_engine_are_taken(type_: int, configs: Configs) -> None:
     taken = type("Taken", (Level,), {"type": type_})(1)
-    with pytest.raises(ConfigError, match=f"engine itself handles extension {type_}"):
+    with pytest.raises(ConfigError, match=f"extension type {type_} is implemented by the engine"):
         replace(configs[0], extensions=(taken,))
 
 

@@ -17,9 +17,11 @@ the key sources need an event loop.
 
 import math
 import ssl
-from collections.abc import Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from functools import partial
+from typing import Any, Final
 
 import anyio
 import anyio.abc
@@ -33,6 +35,14 @@ from hybridkex.text import said
 from hybridkex.tls.config import ClientConfig, check_config
 
 __all__ = ["SecureBackend", "SecureTransport", "pool_options"]
+
+
+_SOCKET: Final[dict[str, Any]] = {
+    "client_addr": anyio.abc.SocketAttribute.local_address,
+    "server_addr": anyio.abc.SocketAttribute.remote_address,
+    "socket": anyio.abc.SocketAttribute.raw_socket,
+}
+"""httpcore's names for what anyio knows of a socket."""
 
 
 class SecureTransport(httpx.AsyncHTTPTransport):
@@ -90,10 +100,12 @@ def pool_options(config: ClientConfig) -> dict[str, Any]:
     Raises:
         ConfigError: ``config`` is not a ``ClientConfig``.
     """
+    backend = SecureBackend(config)
+    # Without one, httpcore loads all authorities for each connection.
+    backend._servers = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     return {
-        "network_backend": SecureBackend(config),
-        # Not used; but without one, httpcore loads all authorities for each connection.
-        "ssl_context": ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
+        "network_backend": backend,
+        "ssl_context": backend._servers,
         "http2": "h2" in config.alpn,
     }
 
@@ -108,9 +120,18 @@ class SecureBackend(httpcore.AsyncNetworkBackend):
         ConfigError: ``config`` is not a ``ClientConfig``.
     """
 
+    _servers: ssl.SSLContext | None = None
+    """What httpcore names for the TLS of servers; that of a proxy has another one."""
+
     def __init__(self, config: ClientConfig) -> None:
         check_config(config, ClientConfig)
         self._config = config
+
+    def _config_for(self, ssl_context: object) -> ClientConfig:
+        """The configuration of a connection. httpcore speaks only HTTP/1.1 to a proxy."""
+        if self._servers in (None, ssl_context) or not self._config.alpn:
+            return self._config
+        return replace(self._config, alpn=("http/1.1",))
 
     async def connect_tcp(
         self,
@@ -121,16 +142,34 @@ class SecureBackend(httpcore.AsyncNetworkBackend):
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.AsyncNetworkStream:
         """Connect over TCP; httpcore then calls ``start_tls`` on the stream."""
+        connect = partial(anyio.connect_tcp, host, port, local_host=local_address)
+        return await self._connect(connect, timeout, socket_options)
+
+    async def connect_unix_socket(
+        self,
+        path: str,
+        timeout: float | None = None,
+        socket_options: Iterable[Any] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        """Connect to a Unix socket; httpcore then calls ``start_tls`` on the stream."""
+        return await self._connect(partial(anyio.connect_unix, path), timeout, socket_options)
+
+    async def _connect(
+        self,
+        connect: Callable[[], Awaitable[Any]],
+        timeout: float | None,
+        socket_options: Iterable[Any] | None,
+    ) -> httpcore.AsyncNetworkStream:
         with _errors(httpcore.ConnectTimeout, httpcore.ConnectError):
             with anyio.fail_after(timeout):
-                tcp = await anyio.connect_tcp(host, port, local_host=local_address)
+                stream = await connect()
             try:
                 for option in socket_options or ():
-                    tcp.extra(anyio.abc.SocketAttribute.raw_socket).setsockopt(*option)
+                    stream.extra(anyio.abc.SocketAttribute.raw_socket).setsockopt(*option)
             except BaseException:
-                await anyio.aclose_forcefully(tcp)
+                await anyio.aclose_forcefully(stream)
                 raise
-        return _Stream(tcp, self._config)
+        return _Stream(stream, self)
 
     async def sleep(self, seconds: float) -> None:
         """Wait before the next attempt to connect."""
@@ -139,10 +178,10 @@ class SecureBackend(httpcore.AsyncNetworkBackend):
 
 class _Stream(httpcore.AsyncNetworkStream):
     def __init__(
-        self, stream: anyio.abc.SocketStream | SecureByteStream, config: ClientConfig
+        self, stream: anyio.abc.SocketStream | SecureByteStream, backend: SecureBackend
     ) -> None:
         self._stream = stream
-        self._config = config
+        self._backend = backend
 
     async def start_tls(
         self,
@@ -150,15 +189,15 @@ class _Stream(httpcore.AsyncNetworkStream):
         server_hostname: str | None = None,
         timeout: float | None = None,
     ) -> httpcore.AsyncNetworkStream:
-        """Secure the stream. ``ssl_context``, of the standard library, is not used."""
+        """Secure the stream. ``ssl_context``, of the standard library, is only a name."""
         with _errors(httpcore.ConnectTimeout, httpcore.ConnectError), anyio.fail_after(timeout):
             secure = await SecureByteStream.wrap(
                 self._stream,
-                self._config,
+                self._backend._config_for(ssl_context),
                 server_hostname=server_hostname,
                 handshake_timeout=math.inf,  # httpx's own time limit holds
             )
-        return _Stream(secure, self._config)
+        return _Stream(secure, self._backend)
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         with _errors(httpcore.ReadTimeout, httpcore.ReadError), anyio.fail_after(timeout):
@@ -178,7 +217,8 @@ class _Stream(httpcore.AsyncNetworkStream):
         await anyio.aclose_forcefully(self._stream)
 
     def get_extra_info(self, info: str) -> Any:
-        """``ssl_object`` tells httpcore the protocol that ALPN selected; ``session`` is ours.
+        """``ssl_object`` tells httpcore the protocol that ALPN selected; ``session`` is ours;
+        ``client_addr``, ``server_addr`` and ``socket`` are httpcore's names.
 
         ``is_readable`` tells it not to send the next request over a connection on which something
         has come meanwhile: the server's end, or a key update, for which nobody received.
@@ -189,6 +229,8 @@ class _Stream(httpcore.AsyncNetworkStream):
                 return secure.session
             if info == "ssl_object":
                 return secure.extra(TLSAttribute.ssl_object)
+        if info in _SOCKET:
+            return secure.extra(_SOCKET[info], None)
         if info == "is_readable":
             raw = secure.extra(anyio.abc.SocketAttribute.raw_socket, None)
             if raw is None or raw.fileno() < 0:

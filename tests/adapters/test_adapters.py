@@ -570,13 +570,22 @@ def test_the_time_limit_of_httpx_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     anyio.run(main)
 
 
-def test_httpcore_through_a_proxy() -> None:
-    """httpx itself would use its own TLS there, as docs/from-asyncio.md says."""
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize("alpn", [(), ("h2", "http/1.1"), ("h2",)])
+def test_httpcore_through_a_proxy(scheme: str, alpn: tuple[str, ...]) -> None:
+    """httpx itself would use its own TLS there, as docs/from-asyncio.md says. ``alpn`` is for the
+    server: httpcore speaks no HTTP/2 to a proxy, which would choose it."""
 
     async def main() -> None:
-        tunnels: list[bytes] = []
+        tunnels, selected = list[bytes](), list[str | None]()
 
-        async def proxy(client: anyio.abc.SocketStream) -> None:
+        async def secure_proxy(client: anyio.abc.SocketStream) -> None:
+            offered = server_config("h2", "http/1.1")
+            secure = await SecureByteStream.wrap(client, offered, standard_compatible=False)
+            selected.append(secure.session.alpn)
+            await proxy(secure)
+
+        async def proxy(client: Any) -> None:
             tunnels.append(await client.receive())
             async with client, await anyio.connect_tcp("127.0.0.1", port) as server:
                 await client.send(b"HTTP/1.1 200 OK\r\n\r\n")
@@ -584,21 +593,65 @@ def test_httpcore_through_a_proxy() -> None:
                     group.start_soon(relay, client, server)
                     await relay(server, client)
 
-        async def relay(one: anyio.abc.SocketStream, other: anyio.abc.SocketStream) -> None:
+        async def relay(one: Any, other: Any) -> None:
             with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):
                 async for data in one:
                     await other.send(data)
                 await other.send_eof()
 
-        async with on_uvicorn() as port, at_server(proxy) as address:
+        handler = proxy if scheme == "http" else secure_proxy
+        async with on_hypercorn(*alpn) as port, at_server(handler) as address:
             async with httpcore.AsyncHTTPProxy(
-                proxy_url=address, **pool_options(client_config())
+                proxy_url=address.replace("http", scheme), **pool_options(client_config(*alpn))
             ) as pool:
                 answer = await pool.request("GET", f"https://localhost:{port}/")
-            assert answer.content == b"GET https 1.1 0"
+            assert answer.content == (b"GET https 2 0" if alpn else b"GET https 1.1 0")
+        assert selected == ([] if scheme == "http" else ["http/1.1" if alpn else None])
         assert tunnels[0].startswith(f"CONNECT localhost:{port} HTTP/1.1".encode())
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("family", ["TCP", "Unix"])
+@pytest.mark.parametrize("library", ["asyncio", "trio"])
+def test_the_socket_of_a_response(family: str, library: str, tmp_path: Path) -> None:
+    """Under the names of httpcore, which also connects to Unix sockets."""
+    path = str(tmp_path / "socket") if family == "Unix" else None
+
+    async def answer(stream: SecureByteStream) -> None:
+        async with stream:
+            await stream.receive()
+            await stream.send(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+
+    async def main() -> None:
+        plain: Any = await (
+            anyio.create_tcp_listener(local_host="127.0.0.1")
+            if path is None
+            else anyio.create_unix_listener(path)
+        )
+        listener = SecureListener(plain, server_config(), standard_compatible=False)
+        async with listener, anyio.create_task_group() as group:
+            group.start_soon(listener.serve, answer)
+            port = 1 if path else plain.extra(anyio.abc.SocketAttribute.local_port)
+            options = pool_options(client_config())
+            async with (
+                httpcore.AsyncConnectionPool(uds=path, **options) as pool,
+                pool.stream("GET", f"https://localhost:{port}/") as response,
+            ):
+                ask = response.extensions["network_stream"].get_extra_info
+                own = ask("socket")
+                if path is None:
+                    assert (ask("client_addr"), ask("server_addr")) == (
+                        own.getsockname(),
+                        own.getpeername(),
+                    )
+                else:
+                    assert ask("server_addr") == own.getpeername() == path
+                assert ask("session").group == "X25519MLKEM768"
+                assert ask("no such name") is None
+            group.cancel_scope.cancel()
+
+    anyio.run(main, backend=library)
 
 
 @asynccontextmanager

@@ -7,8 +7,10 @@ worker. ``examples/asgi_server.py`` does the same on trio.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Collection
-from contextlib import asynccontextmanager, suppress
+import signal
+import threading
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, Final
 
 from hypercorn.asyncio.lifespan import Lifespan
@@ -34,6 +36,8 @@ _LOST_SECONDS: Final = 0.1
 cancelled; and between two cancellations."""
 _CANCEL_SECONDS: Final = 3.0
 """How long tasks are cancelled repeatedly, in seconds: an application may catch a cancellation."""
+_SERVING: Final = set[asyncio.Event]()
+"""What ends the servers of this process at SIGTERM."""
 _ACCEPT_TURNS: Final = 3
 """Turns of the loop after which a connection that it has accepted has a transport."""
 
@@ -47,7 +51,7 @@ async def serve(
     settings: Config | None = None,
     started: Callable[[int], object] = lambda _: None,
 ) -> None:
-    """Serve an ASGI application until cancelled.
+    """Serve an ASGI application until cancelled, or until SIGTERM.
 
     Args:
         app: the application.
@@ -59,7 +63,9 @@ async def serve(
         started: called with the port when the server listens.
 
     When this is cancelled, connections have ``settings.graceful_timeout`` to end; a second
-    cancellation ends them at once. Then the application gets ``lifespan.shutdown``.
+    cancellation ends them at once. Then the application gets ``lifespan.shutdown``. SIGTERM does
+    the same, and this returns, if it runs in the main thread of a program without a handler for
+    that signal.
 
     Raises:
         OSError: the server cannot listen there.
@@ -120,15 +126,40 @@ async def serve(
         task.add_done_callback(tasks.discard)
         await wrapped(scope, receive, send, sync_spawn, call_soon)
 
-    async with _lifespan(Lifespan(wrapped, settings, loop, state)):
-        server = await listen(accept, host, port)
-        try:
-            started(server.sockets[0].getsockname()[1])
-            await loop.create_future()  # until cancelled
-        finally:
-            server.close()
-            await context.terminated.set()
-            await _end(transports, served, tasks, settings.graceful_timeout)
+    with _sigterm() as terminated:
+        async with _lifespan(Lifespan(wrapped, settings, loop, state)):
+            server = await listen(accept, host, port)
+            try:
+                started(server.sockets[0].getsockname()[1])
+                await terminated.wait()
+            finally:
+                server.close()
+                await context.terminated.set()
+                await _end(transports, served, tasks, settings.graceful_timeout)
+
+
+@contextmanager
+def _sigterm() -> Iterator[asyncio.Event]:
+    """An event that SIGTERM sets. A handler of the program's own is left alone."""
+    loop, event = asyncio.get_running_loop(), asyncio.Event()
+    main = threading.current_thread() is threading.main_thread()  # only that one has signals
+    if not main or not (_SERVING or signal.getsignal(signal.SIGTERM) is signal.SIG_DFL):
+        yield event
+        return
+    _SERVING.add(event)
+    with suppress(NotImplementedError):  # on Windows
+        loop.add_signal_handler(signal.SIGTERM, _terminate)
+    try:
+        yield event
+    finally:
+        _SERVING.discard(event)
+        if not _SERVING:
+            loop.remove_signal_handler(signal.SIGTERM)
+
+
+def _terminate() -> None:
+    for event in _SERVING:
+        event.set()
 
 
 async def _end(

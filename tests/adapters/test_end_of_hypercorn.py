@@ -4,6 +4,8 @@ import asyncio
 import gc
 import os
 import socket
+import subprocess
+import sys
 import types
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextlib import suppress
@@ -285,3 +287,90 @@ def test_a_handshake_that_is_completed_too_late() -> None:
         await end(writer)
 
     asyncio.run(main())
+
+
+PROGRAM = """
+import asyncio, contextlib, os, signal, sys
+from hybridkex import ClientConfig, DevCa, ServerConfig, TrustStore
+from hybridkex.adapters.hypercorn import serve
+from hybridkex.aio import open_connection
+
+CA = DevCa.create(algorithm="ed25519")
+CLIENT = ClientConfig(verifier=TrustStore((CA.certificate,)))
+SERVER = ServerConfig(identities=(CA.issue("localhost", algorithm="ed25519"),))
+how, library = sys.argv[1:]
+
+
+async def app(scope, receive, send):
+    if scope["type"] == "lifespan":
+        for _ in range(2):
+            message = await receive()
+            print(message["type"])
+            await send({"type": message["type"] + ".complete"})
+        return
+    os.kill(os.getpid(), signal.SIGTERM)
+    with contextlib.suppress(ConnectionRefusedError):
+        while how != "own handler":
+            _, writer = await asyncio.open_connection(*scope["server"])
+            writer.close()
+    os.kill(os.getpid(), signal.SIGTERM)  # many senders of signals send two
+    await asyncio.sleep(0)
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"ok"})
+
+
+async def main():
+    loop = asyncio.get_running_loop()
+    if how == "own handler":
+        loop.add_signal_handler(signal.SIGTERM, print, "own")
+    before = signal.getsignal(signal.SIGTERM)
+    ports = [loop.create_future() for _ in range(2 if how == "two servers" else 1)]
+    servers = [
+        loop.create_task(serve(app, 0, SERVER, host="127.0.0.1", started=port.set_result))
+        for port in ports
+    ]
+    for port in ports:
+        await port
+    reader, writer = await open_connection("localhost", ports[0].result(), CLIENT)
+    writer.write(b"GET / HTTP/1.1\\r\\nHost: a\\r\\nConnection: close\\r\\n\\r\\n")
+    print((await reader.read())[:12].decode())
+    writer.close()
+    if how == "own handler":
+        servers[0].cancel()
+    for ended in await asyncio.gather(*servers, return_exceptions=True):
+        print(type(ended).__name__)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+if library == "uvloop":
+    import uvloop
+    uvloop.run(main())
+else:
+    asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("library", ["asyncio", "uvloop"])
+@pytest.mark.parametrize("how", ["a server", "two servers", "own handler"])
+def test_sigterm(how: str, library: str) -> None:
+    """A request that runs is answered, and the application gets its end, as with hypercorn's own
+    ``serve``."""
+    if library == "uvloop":
+        pytest.importorskip("uvloop", reason="uvloop is not installed: pip install uvloop")
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM, how, library],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    number = 2 if how == "two servers" else 1
+    own = ["own"] * 2 if how == "own handler" else []
+    assert result.stdout.splitlines() == [
+        *["lifespan.startup"] * number,
+        *own,
+        "HTTP/1.1 200",
+        *["lifespan.shutdown"] * number,
+        *["CancelledError" if own else "NoneType"] * number,
+    ]

@@ -8,7 +8,8 @@ Diffie-Hellman.
 A :class:`Group` gives a key exchange its code point on the wire. A hybrid is :class:`Concat` of its
 parts: RFC 9954 section 3.2 and 3.3 concatenate shares and secrets, and the order of the parts is
 the layout. To add a group, write a :class:`KeyExchange` and put ``Group(code, name, exchange)``
-into the configuration; the engine needs no change.
+into the configuration; the engine needs no change. To add one that the options know too, list it in
+:data:`ALL_GROUPS` and in ``GROUPS`` of ``hybridkex/cli/choices.py``.
 """
 
 from collections.abc import Sequence
@@ -378,5 +379,7 @@ SECP384R1MLKEM1024: Final = Group(
 )
 
 HYBRID_GROUPS: Final = (X25519MLKEM768, SECP256R1MLKEM768, SECP384R1MLKEM1024)
+"""The default offer; with :data:`CLASSICAL_GROUPS` if post-quantum is only preferred."""
 CLASSICAL_GROUPS: Final = (X25519, SECP256R1, SECP384R1)
 ALL_GROUPS: Final = (*HYBRID_GROUPS, MLKEM768, MLKEM1024, *CLASSICAL_GROUPS)
+"""Also those that are only used when a configuration names them."""

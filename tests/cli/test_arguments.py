@@ -78,7 +78,8 @@ def test_every_command_has_a_function_for_its_options(name: str) -> None:
 def test_the_choices_are_those_of_the_library() -> None:
     import shtab  # an extra
 
-    assert tuple(group.name for group in ALL_GROUPS) == choices.GROUPS
+    groups = tuple(group.name for group in ALL_GROUPS)
+    assert groups == choices.GROUPS, f"set GROUPS in hybridkex/cli/choices.py to {groups}"
     assert tuple(suite.name for suite in ALL_SUITES) == choices.SUITES
     assert tuple(ALGORITHMS) == choices.DEV_CA_ALGORITHMS
     assert tuple(rule.value for rule in IdRule) == choices.KME_ID_RULES

@@ -35,8 +35,8 @@ from hybridkex.crypto.kex import (
 from hybridkex.errors import ConfigError, IllegalParameter
 from hybridkex.secret import Secret
 
-# code point, client share, server share, secret: RFC 10024 and
-# RFC 9846 section 4.3.8.2, added up by hand.
+# Code point, client share, server share, secret: RFC 10024 and
+# RFC 9846 section 4.3.8.2, added up by hand; the groups of the registry.
 TABLE = {
     X25519MLKEM768: (0x11EC, 1184 + 32, 1088 + 32, 64),
     SECP256R1MLKEM768: (0x11EB, 65 + 1184, 65 + 1088, 64),
@@ -47,6 +47,18 @@ TABLE = {
     SECP256R1: (0x0017, 65, 65, 32),
     SECP384R1: (0x0018, 97, 97, 48),
 }
+
+# Client share, server share, secret, and kind of each part: FIPS 203, RFC 7748, SEC 1.
+PARTS = {
+    "X25519": (32, 32, 32, Property.CLASSICAL),
+    "P-256": (65, 65, 32, Property.CLASSICAL),
+    "P-384": (97, 97, 48, Property.CLASSICAL),
+    "ML-KEM-768": (1184, 1088, 32, Property.POST_QUANTUM),
+    "ML-KEM-1024": (1568, 1568, 32, Property.POST_QUANTUM),
+}
+FREE = "0xFEC0 to 0xFEFF"
+PRIVATE_USE = range(0xFE00, 0xFEFF + 1)
+"""RFC 9846 section 4.3.7."""
 
 every_group = pytest.mark.parametrize("group", ALL_GROUPS, ids=str)
 
@@ -59,21 +71,53 @@ def refuse(action: Callable[[], object], reason: str | None = None) -> None:
     assert caught.value.__cause__ is None
 
 
-def test_the_table_is_whole() -> None:
-    assert set(TABLE) == set(ALL_GROUPS)
+def lengths_of(group: Group) -> tuple[int, int, int]:
+    """The lengths of the client's share, the server's share and the secret."""
+    parts = [PARTS[name][:3] for name in group.part_names]
+    client, server, secret = (sum(column) for column in zip(*parts, strict=True))
+    return client, server, secret
+
+
+@every_group
+def test_the_tables_are_whole(group: Group) -> None:
+    """Of a new group with a private code point, they need its parts alone."""
+    for name in group.part_names:
+        assert name in PARTS, f"add the lengths and the kind of {name} to PARTS"
+        assert name in MALFORMED, f"add shares of {name} that must be refused to MALFORMED"
+    if group.code not in PRIVATE_USE:
+        assert group in TABLE, f"add {group} to TABLE, from its RFC, or give it a code of {FREE}"
+        assert TABLE[group] == (group.code, *lengths_of(group))
+        assert group.code in set(GroupCode), f"add {group} to GroupCode in hybridkex/constants.py"
+
+
+def test_every_registered_group_is_there() -> None:
     # ML-KEM-512 is liboqs's alone.
-    assert {group.code for group in ALL_GROUPS} == set(GroupCode) - {GroupCode.MLKEM512}
+    codes = [group.code for group in ALL_GROUPS]
+    assert {code for code in codes if code not in PRIVATE_USE} == (
+        set(GroupCode) - {GroupCode.MLKEM512}
+    )
+    assert set(TABLE) <= set(ALL_GROUPS)
+    assert len(set(codes)) == len(codes)
     assert ALL_GROUPS[0] is X25519MLKEM768
+
+
+def test_only_registered_groups_are_offered_by_default() -> None:
+    """HYBRID_GROUPS and CLASSICAL_GROUPS are the default offer of every configuration."""
+    offered = HYBRID_GROUPS + CLASSICAL_GROUPS
+    private = [str(group) for group in offered if group.code in PRIVATE_USE]
+    assert private == [], f"list {private} in ALL_GROUPS alone: its code point is private"
+    for group in HYBRID_GROUPS:
+        assert group.properties == Property.CLASSICAL | Property.POST_QUANTUM
+        assert len(group.part_names) == 2
+    for group in CLASSICAL_GROUPS:
+        assert group.properties == Property.CLASSICAL
+        assert len(group.part_names) == 1
 
 
 @every_group
 def test_lengths_and_agreement(group: Group) -> None:
-    code, client, server, secret = TABLE[group]
-    assert (group.code, group.exchange.offer_length, group.exchange.answer_length) == (
-        code,
-        client,
-        server,
-    )
+    client, server, secret = lengths_of(group)
+    assert (group.exchange.offer_length, group.exchange.answer_length) == (client, server)
     started = group.exchange.start()
     answer, ours = group.exchange.respond(started.share)
     theirs = started.finish(answer)
@@ -107,12 +151,9 @@ def test_every_part_of_a_share_is_fresh(group: Group) -> None:
 @every_group
 def test_properties(group: Group) -> None:
     expected = Property(0)
-    if group in CLASSICAL_GROUPS + HYBRID_GROUPS:
-        expected |= Property.CLASSICAL
-    if group not in CLASSICAL_GROUPS:
-        expected |= Property.POST_QUANTUM
+    for name in group.part_names:
+        expected |= PARTS[name][3]
     assert group.properties == expected
-    assert len(group.part_names) == (2 if group in HYBRID_GROUPS else 1)
     assert str(group) == group.name
 
 
@@ -434,7 +475,7 @@ def test_a_changed_ciphertext_changes_the_secret(group: Group) -> None:
 @given(data=st.data(), group=st.sampled_from(ALL_GROUPS))
 def test_random_shares(data: st.DataObject, group: Group) -> None:
     """Whatever arrives, it gives a secret of the right size or IllegalParameter."""
-    exchange, secret_length = group.exchange, TABLE[group][3]
+    exchange, secret_length = group.exchange, lengths_of(group)[2]
     exact = st.integers(0, 255).flatmap(
         lambda first: st.binary(min_size=63, max_size=63).map(
             lambda seed: bytes((first,)) + seed * (MAX_SHARE // 63)

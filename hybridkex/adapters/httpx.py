@@ -95,7 +95,8 @@ def pool_options(config: ClientConfig) -> dict[str, Any]:
         httpcore.AsyncHTTPProxy(proxy_url=url, **pool_options(config))
 
     Args:
-        config: the configuration of every connection; ``alpn=("h2", "http/1.1")`` for HTTP/2.
+        config: the configuration of every connection; ``alpn=("h2", "http/1.1")`` for HTTP/2,
+            which httpcore does not speak to a proxy: an HTTPS proxy is offered only HTTP/1.1.
 
     Raises:
         ConfigError: ``config`` is not a ``ClientConfig``.

@@ -54,7 +54,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(python=["3.12", "3.13"])
 def smoke(session: nox.Session) -> None:
-    """Run the suite without the tests marked slow, on the other Python versions."""
+    """Run the tests of SMOKE that are not marked slow, on the other Python versions."""
     session.install("-e", ".[test]")
     session.run("pytest", "-q", "-n", "auto", "-m", "not slow", *(session.posargs or SMOKE))
 

@@ -14,7 +14,7 @@ To serve::
   :mod:`hybridkex.aio` and :mod:`hybridkex.anyio` are for other event loops, and
   :class:`ClientConnection` and :class:`ServerConnection` are the engine without input or output.
 - :class:`ClientConfig` and :class:`ServerConfig` explain every option; :class:`Policy` has the
-requirements for a connection; ``stream.session`` shows what was negotiated.
+  requirements for a connection; ``stream.session`` shows what was negotiated.
 - :class:`QkdPskSource` puts QKD keys into the key schedule, from a key source of
   :mod:`hybridkex.qkd`.
 - Errors are in :mod:`hybridkex.errors`.

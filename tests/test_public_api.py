@@ -126,6 +126,12 @@ def test_the_public_names_are_those_of_the_snapshot() -> None:
     assert snapshot().splitlines() == SNAPSHOT.read_text(encoding="utf-8").splitlines()
 
 
+def test_the_list_of_the_first_docstring_is_indented() -> None:
+    """Otherwise the rest of an item is shown as a new paragraph."""
+    listed = (hybridkex.__doc__ or "").partition("\n- ")[2]
+    assert [line for line in listed.splitlines()[1:] if not line.startswith(("- ", "  "))] == []
+
+
 def test_the_reference_lists_every_name() -> None:
     page = (Path(__file__).parents[1] / "docs/reference/api.md").read_text(encoding="utf-8")
     listed = re.findall(r"^::: hybridkex\.(\w+)$", page, re.MULTILINE)

@@ -77,7 +77,7 @@ class KnownPeers:
         """Accept a key that the file has for this name, or any key if the name is new."""
         if name is None:
             raise CertificateRejected(
-                "known keys of servers are found by name; pass server_hostname"
+                "server keys are looked up by host name; pass server_hostname"
             )
         peer = read_raw_key(spki, (str(name),))
         known = [key for entry, key in self._entries() if entry == str(name)]
@@ -99,7 +99,7 @@ class KnownPeers:
         peer = read_raw_key(spki, names)
         if not names:
             raise CertificateRejected(
-                f"a client with the key {peer.pin}, which is not in {self.path}",
+                f"the client's key {peer.pin} is not in {self.path}",
                 alert=Alert.CERTIFICATE_UNKNOWN,
                 subject=peer.subject,
             )

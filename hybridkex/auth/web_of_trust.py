@@ -141,9 +141,7 @@ class WebOfTrust:
     ) -> VerifiedPeer:
         """Accept a key that enough people endorse for this name at the time ``at``."""
         if name is None:
-            raise CertificateRejected(
-                "a server's key is endorsed for the server's name; pass server_hostname"
-            )
+            raise CertificateRejected("an endorsement names the server; pass server_hostname")
         peer = read_raw_key(spki, (str(name),))
         if str(name) not in self._names(peer, at):
             raise self._refusal(peer, f"as {name}")

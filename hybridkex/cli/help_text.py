@@ -19,6 +19,9 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     A command line is continued behind a backslash, before an option, so that it can be copied.
     """
 
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         lines = (part for line in text.splitlines() for part in _wrapped(line, width - len(indent)))
         return "\n".join(indent + line if line else "" for line in lines)
@@ -33,7 +36,10 @@ def _wrapped(line: str, width: int) -> Iterator[str]:
         indent = line[: len(line) - len(line.lstrip())]
         hanging = re.match(r" +\S+ {2,}", line)  # a name, and what it means beside it
         yield from textwrap.wrap(
-            line, width, subsequent_indent=" " * hanging.end() if hanging else indent
+            line,
+            width,
+            subsequent_indent=" " * hanging.end() if hanging else indent,
+            break_on_hyphens=False,
         )
 
 
@@ -62,4 +68,6 @@ def _joined(example: str) -> str:
 def paragraphs(text: str) -> str:
     """Wrap the lines of paragraphs that an empty line holds apart."""
     width = max(min(shutil.get_terminal_size().columns, _WIDEST) - 2, _NARROWEST)
-    return "\n\n".join(textwrap.fill(part, width) for part in text.split("\n\n"))
+    return "\n\n".join(
+        textwrap.fill(part, width, break_on_hyphens=False) for part in text.split("\n\n")
+    )

@@ -25,7 +25,7 @@ def cannot_connect(where: object, error: Exception) -> ChannelFailed:
 
 @contextmanager
 def opening(where: object) -> Iterator[None]:
-    """In this context a port is opened. Raises ``ChannelFailed``: it cannot be."""
+    """A context that opens a port. Raises ``ChannelFailed`` with the reason if it cannot."""
     try:
         yield
     except NO_TCP as error:

@@ -1,10 +1,9 @@
 """Signatures of liboqs that `cryptography` lacks, for raw public keys (RFC 7250).
 
-liboqs is not needed to import this module or to read a public key, but to generate a key, to sign
-and to verify. Code points are those of draft-reddy-tls-slhdsa for SLH-DSA and, like the object
-identifiers of algorithms without an assigned one, oqs-provider's defaults (private use, RFC 9846
-section 4.3.3), so that OpenSSL with it can be the peer. The context string, where an algorithm
-takes one, is empty.
+liboqs is needed only to generate a key, to sign and to verify. Code points are those of
+draft-reddy-tls-slhdsa for SLH-DSA and, like the object identifiers of algorithms without an
+assigned one, oqs-provider's defaults (private use, RFC 9846 section 4.3.3), so that OpenSSL with it
+can be the peer. The context string, where an algorithm takes one, is empty.
 """
 
 import base64

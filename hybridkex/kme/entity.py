@@ -615,7 +615,7 @@ class KeyManagementEntity:
         if link is None or message.master not in link.saes:
             raise self._unauthorized(peer, "it draws for an SAE that is not among its saes here")
         if not message.slaves or not self.settings.saes.issuperset(message.slaves):
-            raise ErrorResponse(400, "a target SAE is not attached here")
+            raise ErrorResponse(400, "a target SAE is not registered at this KME")
         # Our limits are for our SAEs; what the peer announces to its SAEs, we honour.
         if any(len(one.blocks) != self.limits.blocks(one.size * 8) for one in message.allotments):
             raise ErrorResponse(400, "a key has more or fewer blocks of key_size than it needs")

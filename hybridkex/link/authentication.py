@@ -107,7 +107,7 @@ class WegmanCarter:
             _mac(key, parts).verify(tag)
         except InvalidSignature:
             raise LinkAuthenticationError(
-                "an authentication tag of the other party does not verify"
+                "an authentication tag of the other party is invalid"
             ) from None
         self._points[direction] = key[:POINT]
         self._starts[direction] = start + count
@@ -187,7 +187,7 @@ class Signatures:
         except PeerError:
             known = f" with the certificate last read from {self.certificate}"
             raise SignatureRefused(
-                "a signature of the other party does not verify"
+                "a signature of the other party is invalid"
                 + ("" if self.certificate is None else f"{known}: is it the other party's own?")
             ) from None
 

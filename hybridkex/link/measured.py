@@ -514,9 +514,9 @@ def _text(array: NDArray[np.str_]) -> str:
 
 
 def _check_header(archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str) -> None:
-    """Raises ``ConfigError`` for what cannot be this array, by what the file says of it."""
+    """Check that a header fits this array. Raises ``ConfigError`` or ``ValueError``."""
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise ValueError("numpy compresses in another way")
+        raise ValueError("unsupported compression method: numpy writes stored or deflated archives")
     with archive.open(member) as file:
         start = io.BytesIO(file.read(LONGEST_HEADER))  # numpy reads a longer one before it objects
     old = np.lib.format.read_magic(start) == (1, 0)

@@ -85,7 +85,7 @@ def is_number(value: Any) -> bool:
 
 
 def finite(name: str, value: Any) -> float:
-    """The number in an argument, neither infinite nor beyond all counts. Raises ``ConfigError``."""
+    """A number of at most ``MOST_EVENTS``, either sign. Raises ``ConfigError``."""
     return cast(float, within(name, value, -MOST_EVENTS, MOST_EVENTS))
 
 
@@ -150,8 +150,8 @@ def one_of(name: str, value: Any, known: Iterable[str]) -> str:
 def file_kind(path: Path, what: str, known: Iterable[str]) -> str:
     """The extension of a file name in lower case, one of ``known``.
 
-    ``what``: the content of the file, for the message. Raises ``ConfigError``, also where the
-    package for such a file is missing, which is better known before hours of work.
+    ``what``: the content of the file, for the message. Raises ``ConfigError``, also if the
+    package for such a file is missing, so that the error comes before a long computation.
     """
     *others, last = known
     ending = path.suffix.lower()

@@ -162,8 +162,8 @@ _plan = functools.lru_cache(maxsize=4)(_Plan)
 def _middle_product(seed: Bits, tail: Bits) -> Bits:
     """Coefficients ``len(tail) - 1`` to ``len(seed) - 1`` of the product, modulo 2.
 
-    A product modulo ``x^N - 1`` with ``N >= len(seed)`` has the others fold onto coefficients below
-    ``len(tail) - 1`` alone.
+    A product modulo ``x^N - 1`` with ``N >= len(seed)`` wraps the other coefficients onto those
+    below ``len(tail) - 1`` alone.
     """
     plan = _plan(len(seed))
     rows, columns, half = plan.rows, plan.columns, plan.half

@@ -73,7 +73,7 @@ def raise_soft_limit() -> None:
 
 
 def share(most: int) -> int:
-    """The number of descriptors, ``most`` or fewer, that one budget may have beside the others.
+    """Descriptors that a budget may use when the others use theirs: ``most`` or fewer.
 
     It changes with the number of servers in the process.
     """

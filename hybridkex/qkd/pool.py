@@ -53,7 +53,7 @@ def _settle_names(store: SqliteKeyStore, path: Path, names: PoolNames | None) ->
     sae, kme, peer_sae, peer_kme = map(str, found)
     stored = PoolNames(sae=sae, kme=kme, peer_sae=peer_sae, peer_kme=peer_kme)
     if names is not None and names != stored:
-        raise ConfigError(f"{path} is a pool of other SAEs or KMEs: {stored}")
+        raise ConfigError(f"the pool {path} belongs to other SAEs or KMEs: {stored}")
     return stored
 
 

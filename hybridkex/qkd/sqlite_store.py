@@ -823,8 +823,8 @@ def _read_meta(db: _Db, name: str) -> str | None:
 def _check_not_moved(db: _Db, path: Path) -> None:
     if where := _read_meta(db, "moved"):
         raise ConfigError(
-            f"the keys of the key store {path} were moved into {where}: name that store in the "
-            "configuration"
+            f"the keys of the key store {path} have been moved to {where}: set the store of the "
+            "configuration to that"
         )
     if _read_meta(db, "moving"):
         raise ConfigError(

@@ -68,7 +68,7 @@ def half_of(key_id: str) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Material:
-    """A key of a link that is promised to nobody."""
+    """A key of a link that is not reserved."""
 
     key_id: str
     key: Secret

@@ -20,8 +20,9 @@ from hybridkex.tls.events import PskWanted, SessionProposed
 from hybridkex.tls.policy import Requirement
 from hybridkex.tls.session import Session
 
-CODE_FAILED: Final = "a PSK source, a verifier or other code of the configuration failed"
-"""What the peer's alert stands for where such code has raised an exception that is none of ours."""
+CODE_FAILED: Final = "a callback of the configuration failed (PSK source, verifier, ...)"
+"""The logged reason of internal_error after such code raised something other than a
+``HybridkexError``."""
 
 
 class Answers:

@@ -475,7 +475,7 @@ def _accept(
         verifier = offer.config.verifier  # we offered this, so there is one
     elif not psk.resumption and offer.wants_certificate_with_psk:
         raise PolicyRefused(
-            "the server selected the PSK, so it sends no certificate",
+            "the server selected a PSK without a certificate, which the policy requires",
             Reason.PSK_WITHOUT_CERTIFICATE,
         )
 

@@ -584,7 +584,7 @@ class ReadingHalf:
 
     def _spend_early_data(self, length: int) -> None:
         if length > self._early_data_budget:
-            raise UnexpectedMessage("more early data than we skip", Reason.EARLY_DATA_TOO_MUCH)
+            raise UnexpectedMessage("more early data than the limit", Reason.EARLY_DATA_TOO_MUCH)
         self._early_data_budget -= length
 
     def _take_message(self) -> bytes | None:

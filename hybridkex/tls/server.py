@@ -444,7 +444,7 @@ class WaitClientCertificate(ServerState):
         choice, asked = self.flight.choice, self.asked
         if message.context:
             raise IllegalParameter(
-                "the client's Certificate has another certificate_request_context than our request",
+                "the client's certificate_request_context differs from the one that we sent",
                 Reason.CERTIFICATE_CONTEXT,
             )
         if any(extensions.types for _, extensions in message.entries):

@@ -1,6 +1,7 @@
 """Every command says what it does, what each option means, and gives examples that work."""
 
 import argparse
+import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,6 +63,8 @@ def test_help_fits_a_terminal(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     for parser in parsers(name):
         text = parser.format_help()
         assert max(map(len, text.splitlines())) <= 80, parser.prog
+        broken = re.findall(r"\w-\n *(\S+)", text)
+        assert not broken, f"{parser.prog}: a word is broken at a hyphen before {broken}"
         shown = text.partition("examples:\n")[2].partition("\n\n")[0]
         given = (parser.epilog or "").partition("examples:\n")[2].partition("\n\n")[0]
         assert shown.replace("\\\n", " ").split() == given.split(), parser.prog

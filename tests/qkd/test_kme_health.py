@@ -546,7 +546,7 @@ def test_the_check_opens_a_store_file(
         (lambda file: altered(file, "DROP TABLE meta"), "and not a key store"),
         (
             lambda file: altered(file, "INSERT INTO meta VALUES ('x-moved', 'db at x')"),
-            "were moved into db at x",
+            "have been moved to db at x",
         ),
         (
             lambda file: altered(file, "INSERT INTO meta VALUES ('x-moving', 'y')"),

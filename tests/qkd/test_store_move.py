@@ -143,7 +143,7 @@ async def test_everything_is_there_afterwards_and_only_there(tmp_path: Path, url
     moved = move(path, url)
     assert content_of(url) == before
     assert (moved.rows["material"], moved.rows["grants"]) == (2 * 1993, 24)
-    with pytest.raises(ConfigError, match="were moved into postgres at 127"):
+    with pytest.raises(ConfigError, match="have been moved to postgres at 127"):
         SqliteKeyStore(path, SEAL)
     assert content(path) == {"material": [], "grants": []}
     assert before["material"][0][-1] not in all_bytes(tmp_path), "no copy is left to a thief"

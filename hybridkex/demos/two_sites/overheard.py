@@ -79,7 +79,7 @@ def overhear(capture: Path, sent: Path, marker: bytes) -> Overheard:
     connections, others = read_capture(capture)
     if len(connections) != 1 or others:
         count = len(connections) + len(others)
-        raise RecordingError(f"Eve recorded {count} connections where there was one handshake")
+        raise RecordingError(f"expected 1 connection in Eve's recording, found {count}")
     [connection] = connections
     size, carried = sent.stat().st_size, 0
     for record in connection.records:
@@ -89,8 +89,8 @@ def overhear(capture: Path, sent: Path, marker: bytes) -> Overheard:
             carried += max(0, len(record.fragment) - _OVERHEAD)
     if carried < size:
         raise RecordingError(
-            f"Eve's recording has room for {carried:,} bytes, and {size:,} were sent: it has not "
-            "all been searched"
+            f"Eve's recording is truncated ({carried:,} of {size:,} bytes): the search is "
+            "incomplete"
         )
     for from_client in (True, False):
         # Across record boundaries, too.

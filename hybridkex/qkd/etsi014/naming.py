@@ -46,7 +46,7 @@ def problem_of_name(
     if found == kme_id:
         return None
     return (
-        f"our own certificate {path} names {found or 'nobody'} by the rule {rule.value}, not "
+        f"our own certificate {path} names {found or 'no ID'} by the rule {rule.value}, not "
         "us: SAEs and KMEs that confirm our ID (ETSI GS QKD 014, clause 5.1) refuse us. Use a "
         "certificate for this id, or change id or id_rule"
     )

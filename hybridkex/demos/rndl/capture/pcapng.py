@@ -110,7 +110,9 @@ def _packets(data: bytes) -> Iterator[Packet]:
         elif kind == _ENHANCED_PACKET:
             number, high, low, size, _ = unpack_from(order + "IIIII", body)
             if number >= len(interfaces) or 20 + size > len(body):
-                raise RecordingError(f"a packet block at offset {position} contradicts itself")
+                raise RecordingError(
+                    f"inconsistent lengths in the packet block at offset {position}"
+                )
             time = (high << 32 | low) * interfaces[number].tick
             yield Packet(time, interfaces[number].link_type, body[20 : 20 + size])
         position += length

@@ -88,7 +88,8 @@ def _run(arguments: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="commands:\n"
         + "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())
-        + "\n\n'hybridkex COMMAND --help' lists options and examples. To begin: hybridkex demo",
+        + "\n\n'hybridkex COMMAND --help' lists options and examples. To begin: hybridkex demo\n"
+        "The pages docs/NAME.md that help texts name come with the source only.",
     )
     top.add_argument("--version", action="version", version=f"hybridkex {__version__}")
     top.add_argument("command", choices=COMMANDS, metavar="command", help="one of those below")

@@ -10,7 +10,9 @@ import argparse
 import dataclasses
 import gc
 import importlib
+import re
 import signal
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field
@@ -24,6 +26,9 @@ from hybridkex.errors import ConfigError
 from hybridkex.machine import hangup_mask
 
 T = TypeVar("T")
+
+_OF_EXTRA: Final = re.compile(r"([\w.-]+).*extra == ['\"]([\w-]+)")
+"""A line of Requires-Dist that is for an extra."""
 
 _PARSED: Final[dict[object, dict[str, Any]]] = {
     int: {"type": whole_number, "metavar": "N"},
@@ -248,10 +253,27 @@ class Action:
     def _explained(self, missing: ModuleNotFoundError) -> Exception:
         if self.extra is None or missing.name is None or missing.name.startswith("hybridkex"):
             return missing
+        package = missing.name.partition(".")[0]
         return ConfigError(
-            f"this command needs the package {missing.name.partition('.')[0]}, which is not "
-            f"installed: pip install 'hybridkex[{self.extra}]'"
+            f"this command needs the package {package}, which is not installed: "
+            f"pip install 'hybridkex[{_extras(self.extra, package)}]'"
         )
+
+
+def _extras(declared: str, package: str) -> str:
+    """The extras of a command, and the smallest one with the package if none of them has it."""
+    from importlib import metadata  # noqa: PLC0415  # 20 modules, which no --help needs
+
+    try:
+        required = metadata.requires("hybridkex") or ()
+    except metadata.PackageNotFoundError:  # a checkout that is not installed
+        return declared
+    found = [one.groups() for one in map(_OF_EXTRA.match, required) if one]
+    extras = [extra for name, extra in found if name.replace("-", "_") == package]
+    if not extras or not set(extras).isdisjoint(declared.split(",")):
+        return declared
+    sizes = Counter(extra for _, extra in found)
+    return f"{declared},{min(extras, key=sizes.__getitem__)}"
 
 
 @contextmanager

@@ -33,5 +33,5 @@ COMMAND: Final = Command(
     examples=["rndl", "rndl --html report.html", "rndl --keep recordings"],
     status="0 if each adversary read what was predicted and nothing else, 1 otherwise",
     notes="See docs/record-now-decrypt-later.md.",
-    action=Action("rndl", RndlOptions, extra="apps,kme"),
+    action=Action("rndl", RndlOptions, extra="apps,kme,link"),
 )

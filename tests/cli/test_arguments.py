@@ -5,12 +5,15 @@ import contextlib
 import dataclasses
 import gc
 import io
+import re
 import signal
 import subprocess
 import sys
 import threading
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
@@ -176,7 +179,7 @@ def test_help_loads_few_modules() -> None:
     ("words", "extra"),
     [
         (["demo"], "kme,link"),
-        (["rndl"], "apps,kme"),
+        (["rndl"], "apps,kme,link"),
         (["completion", "bash"], "completion"),
         (["kme", "serve", "none.toml"], "kme"),
         (["kme", "dev-up", "none"], "kme"),
@@ -191,6 +194,27 @@ def test_a_missing_extra_is_named_when_the_work_begins(words: list[str], extra: 
     assert status == 1
     assert text.rstrip().endswith(f"pip install 'hybridkex[{extra}]'"), text
     assert len(text.splitlines()) == 1
+
+
+PYPROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text("utf-8"))
+PACKAGES = {
+    extra: {re.split(r"[<>=;[ ]", one)[0].replace("-", "_") for one in wanted}
+    for extra, wanted in PYPROJECT["project"]["optional-dependencies"].items()
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_extras_that_are_named_have_the_missing_package(name: str) -> None:
+    """Whatever a command turns out to need, such as the simulator under a KME."""
+    for parser in parsers(name):
+        action: Action = parser.get_default("action")
+        for package in ("httpx", "rich", "numpy", "scipy", "matplotlib", "psycopg", "pyarrow"):
+            missing = ModuleNotFoundError(name=f"{package}.inner")
+            text = str(action._explained(missing))
+            if action.extra is not None:
+                named = text.partition("hybridkex[")[2].partition("]")[0].split(",")
+                assert package in set().union(*(PACKAGES[extra] for extra in named)), text
+                assert not {"all", "dev", "test"}.intersection(named), text
 
 
 def test_a_mistake_in_the_options_is_told_before_anything_is_imported() -> None:

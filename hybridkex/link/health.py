@@ -89,9 +89,10 @@ def _chosen(bit: Bits, basis: Bits, intensity: Bits, pulse: NDArray[np.int64]) -
     yield from _series(bit[basis == 0], "bits of the key basis")
     for length in PATTERNS:
         place = (pulse[:FOLDED] % length).astype(np.uint16 if length < 1 << 16 else np.uint32)
-        folded = bit[np.argsort(place, kind="stable")]
+        order = np.argsort(place, kind="stable")
+        place, folded = place[order], bit[order]
+        flips = (folded[1:] != folded[:-1])[place[1:] == place[:-1]]
         what = f"the last one with the same place in a pattern of {length:,} pulses"
-        flips = folded[1:] != folded[:-1]
         yield from _coins(flips, len(flips), f"bits differ from {what}")
 
 

@@ -31,11 +31,13 @@ that is left out has the default of :class:`~hybridkex.link.physics.Channel`: a 
 example.
 """
 
+import contextlib
 import hashlib
 import io
 import json
 import math
 import os
+import tempfile
 import zipfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
@@ -64,6 +66,7 @@ from hybridkex.link.settings import MOST_DETECTIONS, LinkSettings
 from hybridkex.link.simulated import stream_pair
 from hybridkex.link.wire import OtherDetections
 from hybridkex.secret import Secret
+from hybridkex.text import said
 
 Bits = NDArray[np.uint8]
 ARRAYS: Final = ("basis", "bit", "intensity", "pulse")
@@ -432,27 +435,31 @@ def _marker(path: Path | str) -> Path:
     return real.with_name(f"{real.name}{MARKER}")
 
 
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or said(error)
+
+
 def check_unused(path: Path | str) -> None:
     """Whether no keys were made of the detections in this file, and the next use can be marked.
 
     Raises ``ConfigError``.
     """
-    marker = _marker(path)
-    if os.path.lexists(marker):
-        raise ConfigError(
-            f"keys of {path} were made before, or begun, as {marker.name} beside it says, and the "
-            "keys of two runs are not secret together: record new detections; remove that file "
-            "only if it is of other detections"
-        )
-    trial = marker.with_name(f"{marker.name}~")
     try:
         os.stat(path)
-        write_file(trial, b"a trial\n")
-        trial.unlink(missing_ok=True)  # another command may have tried as well
-    except OSError as error:
+        marker = _marker(path)
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(marker)
+            raise ConfigError(
+                f"keys of {path} were made before, or begun, as {marker.name} beside it says, and "
+                "the keys of two runs are not secret together: record new detections; remove that "
+                "file only if it is of other detections"
+            )
+        with tempfile.NamedTemporaryFile(dir=marker.parent, buffering=0) as trial:
+            trial.write(b"a trial\n")
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links that form a ring
         raise ConfigError(
-            f"{marker.name}, which marks the detections in {path} as used, cannot be made beside "
-            f"them: {error.strerror or error}; move the file to a folder of yours"
+            f"the file that marks the detections in {path} as used cannot be made beside them: "
+            f"{_reason(error)}; move the detections to a folder of yours"
         ) from None
 
 
@@ -462,21 +469,20 @@ def mark_used(*paths: Path | str) -> None:
 
     Raises ``LinkError`` if one is marked already, or cannot be, or does not exist.
     """
-    made: list[Path] = []
-    for path in paths:
-        marker = _marker(path)
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        try:
-            os.stat(path)
-            create_file(marker, f"'hybridkex qkd distil' used {path} at {now}.\n".encode())
-        except OSError as error:
-            for one in made:
-                one.unlink()
-            raise LinkError(
-                f"the detections in {path} are not used, because {marker.name} cannot be made "
-                f"beside them: {error.strerror or error}"
-            ) from None
-        made.append(marker)
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    with contextlib.ExitStack() as undo:
+        for path in paths:
+            try:
+                os.stat(path)
+                marker = _marker(path)
+                create_file(marker, f"'hybridkex qkd distil' used {path} at {now}.\n".encode())
+            except (OSError, ValueError, RuntimeError) as error:
+                raise LinkError(
+                    f"the detections in {path} are not used, because the file that marks them as "
+                    f"used cannot be made beside them: {_reason(error)}"
+                ) from None
+            undo.callback(marker.unlink)
+        undo.pop_all()
 
 
 def _check_names(names: Sequence[str], known: Collection[str]) -> None:

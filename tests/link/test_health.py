@@ -51,7 +51,7 @@ def with_bits(name: str, bits: Bits) -> tuple[Measured, Measured, LinkSettings]:
 @cache
 def prbs(order: int) -> Bits:
     """The test sequence of ITU-T O.150 with this many bits of state."""
-    tap = {7: 6, 9: 5, 15: 14}[order]
+    tap = {7: 6, 9: 5, 15: 14, 20: 3, 23: 18}[order]
     made = [1] * order
     while len(made) < 2**order - 1:
         made.append(made[-order] ^ made[-tap])
@@ -180,6 +180,18 @@ def test_the_tests_are_no_more_than_their_shares(monkeypatch: pytest.MonkeyPatch
     tests = len(list(health._chosen(*random_block(draw, 5000))))
     assert 60 < tests <= health.MOST_TESTS
     assert health.FALSE_ALARM == 2 * health.MOST_TESTS * health.SHARE
+
+
+@pytest.mark.parametrize(
+    ("order", "rows", "rate"),
+    [(20, 20_000, 0.01), (20, 20_000, 1e-4), (23, 60_000, 0.001), (23, 300_000, 0.02)],
+)
+def test_long_test_sequences_that_repeat_are_seen(order: int, rows: int, rate: float) -> None:
+    draw = Randomness.seeded(order, "test sequences")
+    _, basis, intensity, _ = random_block(draw, rows)
+    pulse = np.cumsum(draw.gaps(rate, rows))
+    with pytest.raises(NotRandom, match="same place in a pattern"):
+        check_chosen(prbs(order)[pulse % (2**order - 1)], basis, intensity, pulse)
 
 
 def test_repetitions_are_counted_at_every_distance() -> None:

@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -15,7 +16,6 @@ import trio
 from hybridkex.cli import main
 from hybridkex.cli.actions import qkd_data
 from hybridkex.errors import BlockAborted, ConfigError, LinkError
-from hybridkex.link import measured
 from hybridkex.link.ledger import LANE_RESERVE, Ledger
 from hybridkex.link.measured import (
     Measured,
@@ -180,13 +180,12 @@ def test_a_marker_that_cannot_be_made_is_told_before_anything_is_sent(
         path = path.rename(path.with_name("a" * 250))
     else:
 
-        def full(path: Path, content: bytes) -> None:
-            assert content
+        def full(*_: object, **__: object) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(measured, "write_file", full)
+        monkeypatch.setattr(tempfile, "NamedTemporaryFile", full)
     before = sorted(path.parent.iterdir())
-    with pytest.raises(ConfigError, match=r"\.distilled, which marks .* cannot be made beside"):
+    with pytest.raises(ConfigError, match=r"beside them: (File name too|No space)"):
         check_unused(path)
     assert sorted(path.parent.iterdir()) == before
 
@@ -207,12 +206,27 @@ def test_alice_commits_herself_after_bob(files: list[str]) -> None:
 def test_files_are_marked_together_or_not_at_all(files: list[str], tmp_path: Path) -> None:
     mark_used(files[1])
     before = markers(tmp_path)
-    for wrong in (files, [files[0], str(tmp_path / "none.npz")], [files[0], files[0]]):
+    (tmp_path / "ring").symlink_to("ring")
+    others = [str(tmp_path / one) for one in ("none.npz", "ring", "a\0")]
+    for wrong in (files, *([files[0], one] for one in (files[0], *others, ""))):
         with pytest.raises(LinkError, match="are not used"):
             mark_used(*wrong)
         assert markers(tmp_path) == before
     with pytest.raises(ConfigError, match="No such file"):
         check_unused(tmp_path / "none.npz")
+    for one in ("ring", "a\0"):
+        with pytest.raises(ConfigError, match="cannot be made"):
+            check_unused(tmp_path / one)
+
+
+def test_files_beside_the_detections_stay(files: list[str], tmp_path: Path) -> None:
+    """Also a backup that an editor has named after the marker."""
+    backup = tmp_path / "alice.npz.distilled~"
+    backup.write_text("mine")
+    before = sorted(tmp_path.iterdir())
+    check_unused(files[0])
+    assert sorted(tmp_path.iterdir()) == before
+    assert backup.read_text() == "mine"
 
 
 def test_keys_do_not_replace_a_marker(

@@ -26,8 +26,8 @@ SMOKE = [
     "tests/tls/test_pyopenssl.py",
     "tests/wire",
 ]
-"""What runs on the Python versions that the whole suite does not run on. Programs and services that
-end are among it: Python 3.13 tells of what nobody closes where older versions are silent."""
+"""The tests that run on the other Python versions. They include programs and services that exit:
+Python 3.13 reports unclosed resources that older versions do not."""
 
 
 @nox.session

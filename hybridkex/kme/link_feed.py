@@ -95,8 +95,8 @@ _NOTHING: Final = (trio.TooSlowError, EndOfStream)
 Note = Callable[[Block | BlockAborted], None]
 
 
-class _Troubles:
-    """The log of a link that makes no blocks: a bounded number of lines while that lasts."""
+class _LinkLog:
+    """Rate-limited logging while a link produces no key."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -117,12 +117,12 @@ class _Troubles:
         """
         return self._log.log(level, f"%s: {message}", self._name, *args)
 
-    async def given_up(self, error: BlockAborted) -> None:
+    async def log_abandoned_block(self, error: BlockAborted) -> None:
         """Log why a block was given up, and wait until it is time for the next one."""
         self.log(logging.WARNING, "a block was given up: %s", error)
         await trio.sleep(PAUSE)
 
-    async def ended(self, error: BaseException) -> None:
+    async def log_session_end(self, error: BaseException) -> None:
         """Log why a session ended, and wait until it is time for the next one.
 
         No error ends the feed: its cause may be over when the next session begins.
@@ -197,7 +197,7 @@ class PairFeed:
     def __init__(self, make: Callable[[], SimulatedLink], *, name: str = NAME) -> None:
         self.ends: Final[tuple[LinkEnd, ...]] = (LinkEnd(name), LinkEnd(name))
         self._make = make
-        self._troubles = _Troubles(name)
+        self._troubles = _LinkLog(name)
 
     async def run(self) -> None:
         """Make keys until cancelled."""
@@ -214,7 +214,7 @@ class PairFeed:
                 while True:
                     await self._block(link)
         except* Exception as group:
-            await self._troubles.ended(next(leaves(group)))
+            await self._troubles.log_session_end(next(leaves(group)))
 
     async def _block(self, link: SimulatedLink) -> None:
         for end in self.ends:
@@ -222,7 +222,7 @@ class PairFeed:
         try:
             blocks = await link.block()
         except BlockAborted as error:
-            await self._troubles.given_up(error)
+            await self._troubles.log_abandoned_block(error)
             return
         self._troubles.over()
         for end, block in zip(self.ends, blocks, strict=True):
@@ -249,7 +249,7 @@ class PartyFeed:
         self._address = address
         self.renew(signatures)
         self._note = note
-        self._troubles = _Troubles(name)
+        self._troubles = _LinkLog(name)
         self.ledger: Final = Ledger()  # outlives a session: only the first uses signatures
         self._used = 0
         """Bytes of the ledger that were used when the last attempt at a block ended."""
@@ -301,7 +301,7 @@ class PartyFeed:
         await trio.sleep(pause)
 
     async def _reach(self) -> list[trio.SocketStream]:
-        """Open the connections of a new session, which Alice has greeted: classical, quantum."""
+        """Open the classical and the quantum connection of a session; wait for Alice's greeting."""
         said = set[float]()  # of refusals and of other troubles
         while True:
             number = secrets.token_bytes(NUMBER)  # Alice may still have connections of the last one
@@ -346,14 +346,14 @@ class PartyFeed:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(supervisor.serve, listeners)
             while True:
-                pair = await self._awaited(arrived)
+                pair = await self._next_session(arrived)
                 try:
                     with pair.scope:
                         await self._session(pair.streams[CLASSICAL], pair.streams[QUANTUM])
                 finally:
                     pair.over.set()
 
-    async def _awaited(self, arrived: "trio.MemoryReceiveChannel[_Pair]") -> "_Pair":
+    async def _next_session(self, arrived: "trio.MemoryReceiveChannel[_Pair]") -> "_Pair":
         """The connections of the next session."""
         silent = True
         while True:
@@ -398,7 +398,7 @@ class PartyFeed:
                 finally:
                     nursery.cancel_scope.cancel()
         except* Exception as group:
-            await self._troubles.ended(next(leaves(group)))
+            await self._troubles.log_session_end(next(leaves(group)))
 
     def _make(
         self, classical: trio.SocketStream, quantum: trio.SocketStream, nursery: trio.Nursery
@@ -416,7 +416,7 @@ class PartyFeed:
         light = OpticalLink(chosen.channel, chosen.transmitter, real_time=self._settings.real_time)
 
         async def shine() -> None:
-            ready = _WhenReady(self.ends[0], light)
+            ready = _ReadySource(self.ends[0], light)
             try:
                 await serve_detector(ready, quantum, most=self._settings.detections)
             except LinkError:
@@ -448,7 +448,7 @@ class PartyFeed:
             block = await party.block()
         except BlockAborted as error:
             self._note(error)
-            await self._troubles.given_up(error)
+            await self._troubles.log_abandoned_block(error)
             if isinstance(party, Bob):  # Alice waits for Bob, who begins each block
                 await self._slow_down()
             return
@@ -459,8 +459,8 @@ class PartyFeed:
 
 
 @dataclass(frozen=True)
-class _WhenReady:
-    """Alice's light, which is off until her KME has room for the keys of another block."""
+class _ReadySource:
+    """Alice's source, enabled only while her KME can store another block."""
 
     end: LinkEnd
     light: OpticalLink

@@ -187,7 +187,7 @@ class Signatures:
         except PeerError:
             known = f" with the certificate last read from {self.certificate}"
             raise SignatureRefused(
-                "a signature of the other party is invalid"
+                "a signature of the other party does not verify"
                 + ("" if self.certificate is None else f"{known}: is it the other party's own?")
             ) from None
 

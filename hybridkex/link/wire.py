@@ -308,7 +308,7 @@ class SessionEnded(LinkError):
 
 
 class SignatureRefused(LinkAuthenticationError):
-    """A signature of the other party is invalid."""
+    """A signature of the other party does not verify."""
 
 
 class OtherDetections(LinkError):

@@ -17,9 +17,6 @@ from hybridkex.errors import DecodeError, RecordOverflow, UnexpectedMessage
 from hybridkex.reasons import Reason
 
 HEADER_LENGTH: Final = 5
-MAX_RECORD: Final = HEADER_LENGTH + MAX_PLAINTEXT + MAX_CIPHERTEXT_EXPANSION
-"""The maximum length of a record in bytes, header included."""
-
 HEADER: Final = Struct(">BBxH")
 """Type, first byte of the version, and length."""
 _WRITTEN_HEADER: Final = Struct(">BHH")

@@ -168,7 +168,7 @@ async def test_it_does_not_pass_without_having_searched(
     capture = tmp_path / "eve.pcapng"
     await send(small, capture)
     overhear(capture, small, MARKER)
-    with pytest.raises(RecordingError, match="has not all been searched"):
+    with pytest.raises(RecordingError, match="is incomplete"):
         overhear(capture, large, MARKER)
     with pytest.raises(RecordingError, match="cannot find the marker"):
         overhear(capture, small, bytes(16))

@@ -729,12 +729,12 @@ async def test_alice_says_that_she_waits(
     alice = feed("alice", 1, signatures)
     put, arrived = trio.open_memory_channel[Any](0)
     with trio.move_on_after(0.2):
-        await alice._awaited(arrived)
+        await alice._next_session(arrived)
     [line] = [one.getMessage() for one in caplog.records]
     assert "no session for 0.02 s: the other party has not connected to 127.0.0.1:1" in line
     async with trio.open_nursery() as nursery:
         for _ in range(9):
-            nursery.start_soon(alice._awaited, arrived)
+            nursery.start_soon(alice._next_session, arrived)
             await trio.sleep(0.05)
             await put.send("a session")
     assert len([one for one in caplog.records if "has not connected" in one.getMessage()]) == 5

@@ -274,18 +274,18 @@ class KmeClient:
                     answer = await self._exchange("POST", path, query, content)
         except TimeoutError:
             raise KeySourceUnavailable(
-                f"{call}: the KME at {self._access.url} did not answer within "
-                f"{self._access.timeout:g} s"
+                f"the KME at {self._access.url} did not answer within "
+                f"{self._access.timeout:g} s ({call})"
             ) from None
         except HTTP_FAILURES as error:
             refusal = refusal_of(error)
             if refusal is not None:
                 raise KeyUnauthorized(
-                    f"{call}: the KME refused our certificate ({refusal}): it must be valid now "
+                    f"the KME refused our certificate ({refusal}): it must be valid now "
                     "and issued by an authority that the KME trusts"
                 ) from None
             raise KeySourceUnavailable(
-                f"{call}: the KME at {self._access.url} {what_failed(error)}"
+                f"the KME at {self._access.url} {what_failed(error)} ({call})"
             ) from None
         try:
             value = load_json(answer.body)

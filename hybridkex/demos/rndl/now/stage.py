@@ -209,7 +209,8 @@ async def _converse(
     secret: str,
     steal: Callable[[SecureStream[trio.SocketStream]], None],
 ) -> Talk:
-    """The client's part: two messages, and between them the thief, and then new keys."""
+    """The client's part: two messages; in between, the session's secrets are copied and its keys
+    updated."""
     said, heard = bytearray(), bytearray()
 
     async def say(line: str) -> None:

@@ -80,7 +80,7 @@ def _kind_of(type_: Any) -> Kind:
     if issubclass(class_, Enum):
         example = f"{class_.__name__}.{next(iter(class_)).name}"
     what = _with_article(class_.__name__)
-    if _is_protocol(class_):
+    if vars(class_).get("_is_protocol"):
         return Kind(lambda value: not _missing(value, class_), what, example, (class_,))
     return Kind(lambda value: isinstance(value, class_), what, example)
 
@@ -172,13 +172,9 @@ def _missing(value: Any, base: type, members: Iterable[str] | None = None) -> li
 
 @cache
 def _members(protocol: type) -> tuple[str, ...]:
-    bases = [one for one in protocol.__mro__ if _is_protocol(one)]
+    bases = [one for one in protocol.__mro__ if vars(one).get("_is_protocol")]
     names = [name for one in bases for name in (*vars(one), *one.__annotations__)]
     return tuple(dict.fromkeys(name for name in names if not name.startswith("_")))
-
-
-def _is_protocol(class_: type) -> bool:
-    return bool(vars(class_).get("_is_protocol"))
 
 
 def _without(value: Any, missing: list[str]) -> str:

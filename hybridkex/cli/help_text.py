@@ -5,12 +5,16 @@ import re
 import shutil
 import textwrap
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Final
 
 _WIDEST: Final = 100
 """Columns; longer lines are hard to read, however wide the terminal is."""
 _NARROWEST: Final = 20
 """Columns; shorter lines are hard to read, too, and a terminal may say that it has 1."""
+
+
+_wrap: Final = partial(textwrap.wrap, break_on_hyphens=False)  # file names have hyphens
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -20,7 +24,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """
 
     def _split_lines(self, text: str, width: int) -> list[str]:
-        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+        return _wrap(" ".join(text.split()), width)
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         lines = (part for line in text.splitlines() for part in _wrapped(line, width - len(indent)))
@@ -35,12 +39,7 @@ def _wrapped(line: str, width: int) -> Iterator[str]:
     else:
         indent = line[: len(line) - len(line.lstrip())]
         hanging = re.match(r" +\S+ {2,}", line)  # a name, and what it means beside it
-        yield from textwrap.wrap(
-            line,
-            width,
-            subsequent_indent=" " * hanging.end() if hanging else indent,
-            break_on_hyphens=False,
-        )
+        yield from _wrap(line, width, subsequent_indent=" " * hanging.end() if hanging else indent)
 
 
 def _continued(line: str, width: int) -> Iterator[str]:
@@ -68,6 +67,4 @@ def _joined(example: str) -> str:
 def paragraphs(text: str) -> str:
     """Wrap the lines of paragraphs that an empty line holds apart."""
     width = max(min(shutil.get_terminal_size().columns, _WIDEST) - 2, _NARROWEST)
-    return "\n\n".join(
-        textwrap.fill(part, width, break_on_hyphens=False) for part in text.split("\n\n")
-    )
+    return "\n\n".join("\n".join(_wrap(part, width)) for part in text.split("\n\n"))

@@ -63,9 +63,10 @@ in all of them. If wrong bits are left, the verification finds them and the bloc
 MAX_PASSES: Final = 16
 FIRST_BLOCK: Final = 0.73
 """Expected wrong bits in a block of the first pass, as in the first Cascade; then rounded."""
-SECOND_BLOCK: Final = 5.0
-"""Expected wrong bits in a block of the second pass. Larger blocks disclose as much and take many
-more rounds, because each correction leads to another one in a long chain."""
+SECOND_BLOCK: Final = 40.0
+"""In a block of the second pass, the expected wrong bits times its height less 1.2 are at most
+this. Larger blocks disclose as little, and take many more rounds, because each correction leads to
+another one in a long chain: about five rounds for each unit, as measured from 0.5 to 11 %."""
 FEW: Final = (4e-6, 0.001, 0.0015)
 """The next pass begins when the searches are fewer than this share of the bits plus this share of
 the wrong bits, and at most the last share of the wrong bits. More searches at that time make fewer
@@ -107,7 +108,9 @@ class Plan:
         # With fewer than eight blocks a pass would hardly tear pairs apart.
         top = max(1, (frame - 1).bit_length() - 3)
         first = max(1, round(math.log2(FIRST_BLOCK / rate)))
-        second = min(LARGE_HEIGHT, round(math.log2(SECOND_BLOCK / rate)))
+        second = LARGE_HEIGHT
+        while second > first and (rate * 2**second) * (second - 1.2) > SECOND_BLOCK:
+            second -= 1
         heights = [min(first, top), min(second, top), min(LARGE_HEIGHT, top)]
         pairs = frames * (frame * rate) ** 2 / 2.0
         for height in heights:

@@ -173,6 +173,15 @@ def test_alice_refuses_malformed_requests() -> None:
             alice.answer(requests[-1])
 
 
+@pytest.mark.parametrize("rate", [0.005, 0.023, 0.025, 0.027])
+def test_the_second_pass_keeps_to_few_round_trips(rate: float) -> None:
+    """With blocks of twice as many bits there, it is 200 to 230 at these error rates."""
+    alice, bob = noisy(500_000, rate, 3)
+    _, _, sent = reconcile(alice, bob, rate)
+    assert (alice == bob).all()
+    assert len(sent) <= 150
+
+
 def test_bob_ends_soon_if_the_answers_are_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     """At the first bit that would be corrected twice."""
     rounds, still = 0, cascade_arrays._still

@@ -499,7 +499,9 @@ class Handshake:
                     self._life.send_output()
                     self._wait_for(partial(self._answers.give, event))
                     return
-        except _FAULTS as error:
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # pyo3's PanicException is no Exception
             self._life.engine_failed(error)
             return
         self._life.send_output()
@@ -681,7 +683,9 @@ class ReadingHalf(asyncio.BufferedProtocol):
         while True:
             try:
                 event = next_event()
-            except _FAULTS as error:
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as error:  # pyo3's PanicException is no Exception
                 life.engine_failed(error)
                 return
             if event is None:

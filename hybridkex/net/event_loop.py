@@ -178,6 +178,18 @@ async def ask(source: Callable[[], Awaitable[T]]) -> T:
         raise for_future(error) from error
 
 
+def called(function: Callable[[], T]) -> T:
+    """What a function returns that calls code which is not ours, without waiting. Raises an
+    ``Exception`` in place of what is none (pyo3's PanicException), but not of what ends the
+    program."""
+    try:
+        return function()
+    except (Exception, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise for_future(error) from error
+
+
 def for_future(error: BaseException) -> Exception:
     """The error, or one in its place if it would pass ``except Exception`` or if no ``Future``
     takes it (``StopIteration``, as in PEP 479)."""

@@ -32,7 +32,7 @@ from hybridkex.errors import (
     PeerError,
     TruncationError,
 )
-from hybridkex.net.event_loop import ask
+from hybridkex.net.event_loop import ask, called
 from hybridkex.secret import Secret
 from hybridkex.shell.answers import CODE_FAILED, Answers
 from hybridkex.shell.key_renewer import KeyRenewer
@@ -314,7 +314,7 @@ class SecureDuplex:
         waited = False
         while True:
             try:
-                event = connection.next_event()
+                event = called(connection.next_event)
                 if isinstance(event, TicketReceived):
                     await self._answers.keep_tickets()
             except Exception as error:

@@ -21,13 +21,17 @@ class Full(Exception):
     """What the code raises."""
 
 
+class Panic(BaseException):
+    """No Exception, as what code in Rust raises (pyo3)."""
+
+
 def with_functions(one: Any, **functions: Any) -> Any:
     """This object, with other functions."""
     made = type("Other", (type(one),), {name: staticmethod(it) for name, it in functions.items()})
     return made(*(((CA.certificate,),) if isinstance(one, TrustStore) else ()))
 
 
-def config(code: str, error: Exception) -> ClientConfig:
+def config(code: str, error: BaseException) -> ClientConfig:
     """That of a client whose ``code`` raises this exception."""
 
     def fail(*_: Any, **__: Any) -> Any:
@@ -52,9 +56,9 @@ def config(code: str, error: Exception) -> ClientConfig:
 @pytest.mark.parametrize(
     "code", ["entropy", "key_log", "verify", "refresh", "take", "flush", "offer"]
 )
-@pytest.mark.parametrize("error", [Full("the disk is full"), StopIteration()], ids=repr)
+@pytest.mark.parametrize("error", [Full("the disk is full"), StopIteration(), Panic("")], ids=repr)
 def test_in_the_handshake(
-    shell: Any, code: str, error: Exception, caplog: pytest.LogCaptureFixture
+    shell: Any, code: str, error: BaseException, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def main() -> None:
         async with time_limit(20):
@@ -73,9 +77,9 @@ def test_in_the_handshake(
     ] == []
 
 
-@pytest.mark.parametrize("error", [Full("the disk is full"), StopIteration()], ids=repr)
+@pytest.mark.parametrize("error", [Full("the disk is full"), StopIteration(), Panic("")], ids=repr)
 def test_after_the_handshake(
-    shell: Any, run: Any, error: Exception, caplog: pytest.LogCaptureFixture
+    shell: Any, run: Any, error: BaseException, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A ticket that its store refuses."""
     if shell.name == "piped":

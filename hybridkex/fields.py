@@ -224,8 +224,8 @@ class _CheckedClock:
             return float(now)
         raise InternalError(
             "the clock of our configuration is wrong: it must return a number of seconds since "
-            "1970, before the year 10000, and it returned "
-            f"{{described(now)}}{f' of {now:g}' if _is_number(now) else ''}; clock=time.time does"
+            f"1970, before the year 10000, and it returned {described(now)}"
+            f"{f' of {now:g}' if _is_number(now) else ''}; clock=time.time does"
         )
 
 

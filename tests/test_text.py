@@ -297,3 +297,25 @@ def test_an_exception_without_a_text_is_named(
     assert broken(cause) == name
     if isinstance(error, errors.HybridkexError):
         assert f"it failed: {error}" == f"it failed: {name}"
+
+
+def unfilled(source: str) -> list[str]:
+    """Texts of messages and f-strings that name a value in braces and do not fill it in."""
+    tree = ast.parse(source)
+    texts = [
+        one for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for one in node.values
+    ]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+            texts += node.exc.args
+    values = [one.value for one in texts if isinstance(one, ast.Constant)]
+    return [one for one in values if re.search(r"\{[a-z_][\w.]*(\(.*\))?\}", str(one))]
+
+
+def test_every_message_has_its_values() -> None:
+    assert unfilled('raise ValueError(f"it is {{now}} of {then}")')
+    assert unfilled('raise ValueError("it is {text(now)}, " f"not {then}")')
+    assert unfilled('raise ValueError("it is {now}")')
+    assert not unfilled('x = f"{now} {{ distance_km = {then} }}"')
+    for path in sorted((Path(__file__).parents[1] / "hybridkex").rglob("*.py")):
+        assert unfilled(path.read_text()) == [], path

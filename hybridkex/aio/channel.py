@@ -125,7 +125,7 @@ class Lifecycle:
     pads: PadFiller | None = None
     failure: Exception | None = None
     register: MutableSet[Any] | None = None
-    """The transport below, while there is one."""
+    """Holds the secure transport while there is a transport below."""
     _timer: asyncio.TimerHandle | None = None
 
     def __init__(

@@ -36,8 +36,8 @@ _LOST_SECONDS: Final = 0.1
 cancelled; and between two cancellations."""
 _CANCEL_SECONDS: Final = 3.0
 """How long tasks are cancelled repeatedly, in seconds: an application may catch a cancellation."""
-_SERVING: Final = set[asyncio.Event]()
-"""What ends the servers of this process at SIGTERM."""
+_SERVING: Final = dict[asyncio.Event, asyncio.AbstractEventLoop]()
+"""What ends the servers of this process at SIGTERM, and the loop of each."""
 _ACCEPT_TURNS: Final = 3
 """Turns of the loop after which a connection that it has accepted has a transport."""
 
@@ -140,26 +140,25 @@ async def serve(
 
 @contextmanager
 def _sigterm() -> Iterator[asyncio.Event]:
-    """An event that SIGTERM sets. A handler of the program's own is left alone."""
-    loop, event = asyncio.get_running_loop(), asyncio.Event()
+    """An event that SIGTERM sets. A handler of the program's own is left alone, now and later."""
+    event = asyncio.Event()
     main = threading.current_thread() is threading.main_thread()  # only that one has signals
-    if not main or not (_SERVING or signal.getsignal(signal.SIGTERM) is signal.SIG_DFL):
+    if not main or signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, _terminate):
         yield event
         return
-    _SERVING.add(event)
-    with suppress(NotImplementedError):  # on Windows
-        loop.add_signal_handler(signal.SIGTERM, _terminate)
+    _SERVING[event] = asyncio.get_running_loop()
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         yield event
     finally:
-        _SERVING.discard(event)
-        if not _SERVING:
-            loop.remove_signal_handler(signal.SIGTERM)
+        del _SERVING[event]
+        if not _SERVING and signal.getsignal(signal.SIGTERM) is _terminate:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _terminate() -> None:
-    for event in _SERVING:
-        event.set()
+def _terminate(*_: object) -> None:
+    for event, loop in _SERVING.items():
+        loop.call_soon_threadsafe(event.set)
 
 
 async def _end(

@@ -158,7 +158,8 @@ def _sigterm() -> Iterator[asyncio.Event]:
 
 def _terminate(*_: object) -> None:
     for event, loop in _SERVING.items():
-        loop.call_soon_threadsafe(event.set)
+        with suppress(RuntimeError):  # a loop that was closed under its server
+            loop.call_soon_threadsafe(event.set)
 
 
 async def _end(

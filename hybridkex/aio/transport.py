@@ -150,15 +150,16 @@ class SecureTransport(transports._FlowControlMixin):
         """Change our sending key behind the data that was written, and ask the peer to change its
         key if ``request_peer`` (RFC 9846 section 4.7.3).
 
-        If Extended Key Update was negotiated, this starts one, with a QKD key if the policy uses
-        them. When it is complete, :attr:`session` has another epoch.
+        If Extended Key Update was negotiated, this starts one at once, with a QKD key if the policy
+        uses them; data that waits is sent under either epoch. When the update is complete,
+        :attr:`session` has another epoch.
 
         Raises:
             LocalStateError: the handshake is not complete, or the sending direction is closed.
         """
         engine, renewer = self._life.engine, self._life.renewer
         if renewer is not None and renewer.extended:
-            if engine.close_sent:
+            if engine.close_sent or self._writing.end_due:
                 raise LocalStateError(
                     "a key update can start only after the handshake and before the connection is "
                     "closed"

@@ -20,6 +20,7 @@ from suspensions import cancelled_at
 from waiting import asyncio_until
 
 from hybridkex import ClientConfig, ClientConnection, DevCa, ServerConfig, TrustStore
+from hybridkex.adapters import hypercorn
 from hybridkex.adapters.hypercorn import serve
 from hybridkex.aio import open_connection
 from hybridkex.tls.events import SessionProposed
@@ -380,3 +381,19 @@ def test_sigterm(how: str, library: str) -> None:
         *["lifespan.shutdown"] * number,
         *["CancelledError" if own else "NoneType"] * number,
     ]
+
+
+def test_a_loop_that_was_closed_under_its_server_takes_no_signal_from_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    closed = asyncio.new_event_loop()
+    closed.close()
+
+    async def main() -> None:
+        event = asyncio.Event()
+        serving = {asyncio.Event(): closed, event: asyncio.get_running_loop()}
+        monkeypatch.setattr(hypercorn, "_SERVING", serving)
+        hypercorn._terminate()
+        await asyncio.wait_for(event.wait(), 10)
+
+    asyncio.run(main())

@@ -174,6 +174,34 @@ def test_a_callback_raises_when_reading_is_resumed(
     run(main())
 
 
+@pytest.mark.parametrize("end", ["close", "write_eof"])
+@pytest.mark.parametrize("extended", [True, False])
+def test_no_key_update_after_the_end(
+    run: Run, client_config: ClientConfig, server_config: ServerConfig, extended: bool, end: str
+) -> None:
+    """Also while data waits, and with Extended Key Update."""
+    if extended:
+        fresh, policy = FreshKeys(every=3600), Policy(fresh_keys=Requirement.REQUIRE)
+        client_config = replace(client_config, fresh_keys=fresh, policy=policy)
+        server_config = replace(server_config, fresh_keys=fresh, policy=policy, tickets=None)
+
+    async def main() -> None:
+        server = await create_server(asyncio.Protocol, "127.0.0.1", 0, server_config)
+        port = server.sockets[0].getsockname()[1]
+        transport, _ = await create_connection(
+            Losing, "127.0.0.1", port, client_config, server_hostname="localhost"
+        )
+        transport.write(bytes(20_000_000))
+        getattr(transport, end)()
+        with pytest.raises(LocalStateError):
+            transport.update_keys()
+        transport.abort()
+        server.close()
+        await server.wait_closed()
+
+    run(main())
+
+
 @pytest.mark.parametrize("end", ["abort", "close"])
 def test_nothing_is_delivered_after_the_end(
     run: Run, client_config: ClientConfig, server_config: ServerConfig, end: str

@@ -375,6 +375,17 @@ def _open_temporary(path: Path) -> tuple[int, str | None]:
     return tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
 
 
+def try_writing(path: Path, content: bytes) -> None:
+    """Write to a temporary file beside a path, and remove it. Raises ``OSError``."""
+    descriptor, name = _open_temporary(path)
+    try:
+        with open(descriptor, "wb", buffering=0) as file:
+            file.write(content)
+    finally:
+        if name is not None:
+            os.unlink(name)
+
+
 def _link(descriptor: int, name: str | None, path: str | Path) -> None:
     """Give a file a name that nobody has, or another one."""
     if name is not None:

@@ -37,7 +37,6 @@ import io
 import json
 import math
 import os
-import tempfile
 import zipfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
@@ -51,7 +50,7 @@ import trio
 from numpy.typing import NDArray
 
 from hybridkex.errors import ConfigError, LinkError
-from hybridkex.files import create_file, parsing, read_file, write_file
+from hybridkex.files import create_file, parsing, read_file, try_writing, write_file
 from hybridkex.json_text import load_json
 from hybridkex.link.authentication import Signatures
 from hybridkex.link.finite_key import Security
@@ -454,8 +453,7 @@ def check_unused(path: Path | str) -> None:
                 "the keys of two runs are not secret together: record new detections; remove that "
                 "file only if it is of other detections"
             )
-        with tempfile.NamedTemporaryFile(dir=marker.parent, buffering=0) as trial:
-            trial.write(b"a trial\n")
+        try_writing(marker, b"a trial\n")
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links that form a ring
         raise ConfigError(
             f"the file that marks the detections in {path} as used cannot be made beside them: "

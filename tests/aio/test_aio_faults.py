@@ -186,7 +186,8 @@ def test_no_key_update_after_the_end(
         server_config = replace(server_config, fresh_keys=fresh, policy=policy, tickets=None)
 
     async def main() -> None:
-        server = await create_server(asyncio.Protocol, "127.0.0.1", 0, server_config)
+        far = Losing()
+        server = await create_server(lambda: far, "127.0.0.1", 0, server_config)
         port = server.sockets[0].getsockname()[1]
         transport, _ = await create_connection(
             Losing, "127.0.0.1", port, client_config, server_hostname="localhost"
@@ -196,6 +197,7 @@ def test_no_key_update_after_the_end(
         with pytest.raises(LocalStateError):
             transport.update_keys()
         transport.abort()
+        await asyncio_until(lambda: bool(far.lost))
         server.close()
         await server.wait_closed()
 

@@ -3,7 +3,6 @@
 import errno
 import json
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -16,6 +15,7 @@ import trio
 from hybridkex.cli import main
 from hybridkex.cli.actions import qkd_data
 from hybridkex.errors import BlockAborted, ConfigError, LinkError
+from hybridkex.link import measured
 from hybridkex.link.ledger import LANE_RESERVE, Ledger
 from hybridkex.link.measured import (
     Measured,
@@ -183,7 +183,7 @@ def test_a_marker_that_cannot_be_made_is_told_before_anything_is_sent(
         def full(*_: object, **__: object) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(tempfile, "NamedTemporaryFile", full)
+        monkeypatch.setattr(measured, "try_writing", full)
     before = sorted(path.parent.iterdir())
     with pytest.raises(ConfigError, match=r"beside them: (File name too|No space)"):
         check_unused(path)

@@ -243,7 +243,7 @@ def test_a_configuration_with_a_pad() -> None:
             ClientConfig(verifier=ours.verifier, **wrong)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="fresh_keys is off"):
         policy(fresh_keys=OFF, one_time_pad=PREFER)
-    with pytest.raises(ConfigError, match="fresh_keys is off"):
+    with pytest.raises(ConfigError, match="fresh_keys, which the policy turns off"):
         ClientConfig(
             verifier=ours.verifier,
             psk_source=ours.psk_source,

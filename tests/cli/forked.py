@@ -151,6 +151,10 @@ class Running:
         """All that it has written to standard error, unless that is a file of the caller's."""
         return self._written(1)
 
+    def lines(self) -> list[str]:
+        """The whole lines that it has written so far: a long one is written in parts."""
+        return self.told().decode().rpartition("\n")[0].splitlines()
+
     def _written(self, index: int) -> bytes:
         file = self._files[index]
         if self.returncode is not None or file is None:

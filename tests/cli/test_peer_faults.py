@@ -161,10 +161,13 @@ def through_a_tunnel(
         assert program.recv(1) == b""
     # A server that refuses our certificate does so after our handshake is done (RFC 9846 section
     # 4.5.1.3): the connection was open for a moment.
-    until(lambda: b" refused: " in near.told() or b" cut: " in near.told())
+
+    def ends() -> list[str]:
+        return [line for line in near.lines() if " refused: " in line or " cut: " in line]
+
+    until(lambda: bool(ends()))
     assert near.poll() is None
-    lines = near.told().decode().splitlines()
-    (line,) = [line for line in lines if " refused: " in line or " cut: " in line]
+    (line,) = ends()
     return line
 
 

@@ -422,8 +422,8 @@ def test_the_log_as_json_and_the_check(two_kmes: Path, hybridkex: Forkserver) ->
     assert (checked.returncode, checked.stdout) == (0, f"{path} can be served\n".encode())
     assert not (folder / "kme-a" / "keys.db").exists()
     server = hybridkex.start("kme", "serve", path, "--log-level", "info", "--log-format", "json")
-    until(lambda: b"stored" in server.told(), server)
-    for line in server.told().decode().splitlines()[:5]:
+    until(lambda: any("stored" in line for line in server.lines()), server)
+    for line in server.lines()[:5]:
         assert json.loads(line).keys() >= {"time", "level", "logger", "message"}
     # While it runs, too.
     assert hybridkex.run("kme", "serve", path, "--check").returncode == 0

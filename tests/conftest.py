@@ -5,6 +5,7 @@ import fcntl
 import gc
 import logging
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -36,7 +37,10 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
         config.add_cleanup(_compile_ahead())
     # Hypothesis measures 200 ms by the wall clock, which other work on the machine uses up.
-    settings.register_profile("hybridkex", deadline=None)
+    # What stands in the way of a change must fail for the change, not for the examples of the day.
+    settings.register_profile(
+        "hybridkex", deadline=None, derandomize=not config.getoption("--thorough")
+    )
     settings.load_profile("hybridkex")
     _heed_signals()
     _keep_bytecode()
@@ -170,6 +174,12 @@ def no_log() -> Iterator[None]:
     logging.disable()
     yield
     logging.disable(logging.NOTSET)
+
+
+@pytest.fixture(autouse=True)
+def _same_draws_in_each_run(request: pytest.FixtureRequest) -> None:
+    """The module's generator, which many tests draw from, begins with the name of the test."""
+    random.seed(request.node.nodeid)
 
 
 @pytest.fixture(autouse=True)

@@ -28,20 +28,18 @@ GUARDS = (
     "tests/cli/test_arguments.py",
 )
 """Tests of the suite that a change anywhere may break."""
-NEIGHBOURS = {
-    "hybrid-group": (
-        "tests/crypto/test_kex.py",
-        "tests/tls/test_bad_shares.py",
-        "tests/tls/test_pair.py",
-        "tests/tls/test_pyopenssl.py",
-    ),
-    "key-source": ("tests/tls/test_plug_in_members.py",),
-    "tls-extension": ("tests/tls/test_extension_rules.py", "tests/tls/test_plug_in_members.py"),
-    "event-loop-shell": ("tests/battery/test_every_shell.py",),
-    "option": ("tests/cli/test_help.py", "tests/cli/test_options.py"),
-    "error-correction": ("tests/tls/test_plug_in_members.py",),
-}
-"""Tests of the suite that the change of an errand may break."""
+NEIGHBOURS = (
+    "tests/battery/test_every_shell.py",
+    "tests/cli/test_help.py",
+    "tests/cli/test_options.py",
+    "tests/crypto/test_kex.py",
+    "tests/tls/test_bad_shares.py",
+    "tests/tls/test_extension_rules.py",
+    "tests/tls/test_pair.py",
+    "tests/tls/test_plug_in_members.py",
+    "tests/tls/test_pyopenssl.py",
+)
+"""Tests of the suite that an errand may break."""
 GIT = shutil.which("git")
 
 
@@ -63,17 +61,21 @@ def run(*command: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
     )
 
 
-def apply(errand: str, tree: Path) -> None:
-    """Copy what the diff needs of the tree, and apply it."""
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the diffs need of the present tree, with all of them applied."""
     if GIT is None:
         pytest.skip("git is not installed: apt install git")
+    tree = tmp_path_factory.mktemp("errands")
     needless = shutil.ignore_patterns("vectors", ".*")
     for name in ("hybridkex", "tests", "docs"):
         shutil.copytree(ROOT / name, tree / name, ignore=needless)
     shutil.copy(ROOT / "pyproject.toml", tree)
     assert run(GIT, "init", "-q", cwd=tree).returncode == 0
-    result = run(GIT, "apply", str(FOLDER / f"{errand}.diff"), cwd=tree)
-    assert result.returncode == 0, result.stderr
+    for errand in MOST_FILES:
+        result = run(GIT, "apply", str(FOLDER / f"{errand}.diff"), cwd=tree)
+        assert result.returncode == 0, result.stderr
+    return tree
 
 
 @pytest.mark.parametrize("errand", MOST_FILES)
@@ -96,23 +98,23 @@ def test_an_errand_applies(errand: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("errand", MOST_FILES)
-def test_an_errand(errand: str, tmp_path: Path) -> None:
-    """Its own tests pass, and those of the suite that could object."""
-    apply(errand, tmp_path)
-    own = [path for path in touched(errand) if path.startswith("tests/")]
-    assert own or errand == "option"
-    tests = dict.fromkeys((*own, *NEIGHBOURS[errand], *GUARDS))
+def test_the_errands(tree: Path, tmp_path: Path) -> None:
+    """Their own tests pass, and those of the suite that could object."""
+    tests = [*NEIGHBOURS, *GUARDS]
+    for errand in MOST_FILES:
+        own = [path for path in touched(errand) if path.startswith("tests/")]
+        assert own or errand == "option"
+        tests += own
     result = run(
         sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k",
-        "not no_extra_is_needed", "--basetemp", str(tmp_path / "tmp"), *tests, cwd=tmp_path,
+        "not no_extra_is_needed", "--basetemp", str(tmp_path / "tmp"), *dict.fromkeys(tests),
+        cwd=tree,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     assert re.search(r"\d+ passed", result.stdout)
 
 
-def test_the_option(tmp_path: Path) -> None:
-    apply("option", tmp_path)
+def test_the_option(tree: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         hello = b""
 
@@ -127,7 +129,7 @@ def test_the_option(tmp_path: Path) -> None:
         port = str(listener.getsockname()[1])
         result = run(
             sys.executable, "-m", "hybridkex", "connect", "127.0.0.1", port, "--insecure", "--http",
-            cwd=tmp_path,
+            cwd=tree,
         )  # fmt: skip
         thread.join(30)
     assert result.returncode == 1  # nobody answers

@@ -1,5 +1,6 @@
 """The tables of the handshake's steps say what the engine does: no more and no less."""
 
+import dataclasses
 from collections import defaultdict
 from typing import Any
 
@@ -18,6 +19,7 @@ from hybridkex.tls.connection import Connection
 from hybridkex.tls.policy import Authentication, Policy, Requirement
 from hybridkex.tls.session import MemoryTicketStore
 from hybridkex.tls.steps import Step
+from hybridkex.tls.transcript import Transcript
 
 FRESH = Policy(post_quantum=Requirement.PREFER, fresh_keys=Requirement.REQUIRE)
 PSK = ExternalPsk(identity=b"site", key=Secret(bytes(range(32))), context=b"")
@@ -126,6 +128,50 @@ def test_the_tables_are_what_happens(monkeypatch: pytest.MonkeyPatch) -> None:
             assert observed.then[state] == set(step.then), state
             if not issubclass(state, connection._TRAFFIC):
                 assert observed.sent[state] == set(step.sends), state
+
+
+def frozen(value: Any, seen: dict[int, object]) -> object:
+    """What a state holds, as values that no later change of an object reaches."""
+    if isinstance(value, Transcript):
+        return value._hash.copy().digest()
+    if dataclasses.is_dataclass(value) and id(value) not in seen:
+        seen[id(value)] = value
+        names = [field.name for field in dataclasses.fields(value)]
+        return [(name, frozen(getattr(value, name), seen)) for name in names]
+    if isinstance(value, bytes | str | int | None):
+        return value
+    return id(value)
+
+
+def test_later_states_change_nothing_in_earlier_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state of the handshake is a value, and shares no mutable transcript with the next one."""
+    entered: list[tuple[Any, object]] = []
+    enter = Connection._enter
+
+    def entering(engine: Connection, state: Any) -> None:
+        if not isinstance(state, connection._TRAFFIC):
+            entered.append((state, frozen(state, {})))
+        enter(engine, state)
+
+    monkeypatch.setattr(Connection, "_enter", entering)
+    for ours, theirs in handshakes():
+        pair = Pair.make(ours, theirs, lookup=lambda _: PSK)
+        pair.client.start()
+        if isinstance(pair.client._state, client.WaitPsk):
+            while pair.client.next_event() is not None:
+                pass
+            pair.client.provide_psk(PSK)
+        pair.pump()
+        assert pair.both_complete
+    handshaking = {
+        state
+        for role in (client, server)
+        for state in role.STEPS
+        if not issubclass(state, connection._TRAFFIC)
+    }
+    assert {type(state) for state, _ in entered} == handshaking
+    for state, before in entered:
+        assert frozen(state, {}) == before, type(state)
 
 
 @pytest.mark.parametrize("role", [client, server], ids=["client", "server"])

@@ -360,7 +360,9 @@ def compared(work: Callable[[Way], Figures], ways: dict[str, Way], rounds: int) 
 
 
 @contextmanager
-def all_ways(target: int, folder: Path, options: Options) -> Iterator[dict[str, Way]]:
+def all_ways(
+    target: int, folder: Path, options: Options, *, workers: bool = True
+) -> Iterator[dict[str, Way]]:
     """Ours first."""
     with ExitStack() as stack:
         found = {OURS: stack.enter_context(ours(target, folder))}
@@ -372,8 +374,9 @@ def all_ways(target: int, folder: Path, options: Options) -> Iterator[dict[str, 
         if options.against is not None:
             copy = ours(target, folder, copy=options.against.resolve())
             found["the other copy"] = stack.enter_context(copy)
-        workers = ours(target, folder, "--workers=2")
-        found[f"{OURS}, 2 workers"] = stack.enter_context(workers)
+        if workers:
+            many = ours(target, folder, "--workers=2")
+            found[f"{OURS}, 2 workers"] = stack.enter_context(many)
         yield found | {"direct": Way(target)}
 
 
@@ -392,7 +395,8 @@ def run(options: Options) -> Iterator[Row | Curve]:
             yield from compared(partial(beside_bulk, seconds=seconds), ways, rounds)
             yield from growth(ways, (1, 10) if options.quick else (1, 10, 100, 1000), seconds)
         sink = Sink()
-        with all_ways(sink.port, folder, options) as ways:
+        # One start of workers is enough to see that they run: it takes 2 s of processor time.
+        with all_ways(sink.port, folder, options, workers=not options.quick) as ways:
             yield from compared(partial(connections, seconds=seconds), ways, rounds)
             yield from compared(partial(bulk, sink, seconds=seconds), ways, rounds)
         if options.quick or program("pgbench") is None:

@@ -70,13 +70,20 @@ def broken(error: BaseException) -> str:
     """Why a connection broke: a message about the innermost cause."""
     cause = error.__cause__ or error
     if not isinstance(cause, OSError):
-        return said(cause)
+        return reason(cause)
     if cause.errno in _GONE:
-        reason = cause.strerror or type(cause).__name__
-        return f"the other end cut the connection ({reason}): its log may say why"
+        why = cause.strerror or type(cause).__name__
+        return f"the other end cut the connection ({why}): its log may say why"
     if cause.errno == errno.ETIMEDOUT:
         return "the other end no longer answers: check whether it runs, and the network between"
-    return cause.strerror or said(cause)
+    return reason(cause)
+
+
+def reason(error: BaseException) -> str:
+    """The words of the operating system for an error, or those of the error itself."""
+    if isinstance(error, MemoryError):
+        return "out of memory"
+    return getattr(error, "strerror", None) or said(error)
 
 
 def write_error(what: object, error: OSError, *, elsewhere: str = _ELSEWHERE) -> ConfigError:
@@ -147,9 +154,8 @@ def _named(where: object) -> str:
 
 
 def _said(error: OSError) -> str:
-    reason = error.strerror or said(error)
     advice = _ADVICE.get(error.errno or 0)
-    return f"{reason}; {advice}" if advice else reason
+    return f"{reason(error)}; {advice}" if advice else reason(error)
 
 
 @contextmanager

@@ -101,12 +101,11 @@ def pool_options(config: ClientConfig) -> dict[str, Any]:
     Raises:
         ConfigError: ``config`` is not a ``ClientConfig``.
     """
-    backend = SecureBackend(config)
     # Without one, httpcore loads all authorities for each connection.
-    backend._servers = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    servers = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     return {
-        "network_backend": backend,
-        "ssl_context": backend._servers,
+        "network_backend": SecureBackend(config, servers=servers),
+        "ssl_context": servers,
         "http2": "h2" in config.alpn,
     }
 
@@ -116,17 +115,16 @@ class SecureBackend(httpcore.AsyncNetworkBackend):
 
     Args:
         config: the configuration of every connection, ``alpn`` included.
+        servers: what httpcore names for the TLS of servers; that of a proxy has another one.
 
     Raises:
         ConfigError: ``config`` is not a ``ClientConfig``.
     """
 
-    _servers: ssl.SSLContext | None = None
-    """What httpcore names for the TLS of servers; that of a proxy has another one."""
-
-    def __init__(self, config: ClientConfig) -> None:
+    def __init__(self, config: ClientConfig, *, servers: ssl.SSLContext | None = None) -> None:
         check_config(config, ClientConfig)
         self._config = config
+        self._servers = servers
 
     def _config_for(self, ssl_context: object) -> ClientConfig:
         """The configuration of a connection. httpcore speaks only HTTP/1.1 to a proxy."""

@@ -117,9 +117,11 @@ async def create_server(
     assert isinstance(config, ServerConfig)
     _check_plain(tcp)
     time_limits(ssl_handshake_timeout, ssl_shutdown_timeout)
-    counted = hasattr(asyncio.Server, "close_clients")  # Python 3.13
-    connections = weakref.WeakSet[asyncio.Transport]()
-    places = Places(connections if counted else None)
+    # What Python 3.13 closes with the server.
+    counted: weakref.WeakSet[asyncio.Transport] | None = None
+    if hasattr(asyncio.Server, "close_clients"):
+        counted = weakref.WeakSet()
+    places = Places(counted)
 
     def accept() -> asyncio.BaseProtocol:
         return SecureTransport(
@@ -131,10 +133,10 @@ async def create_server(
         ).receiver
 
     server = await listen(accept, host, port, **tcp)
-    if counted and isinstance(server, asyncio.Server):
+    if counted is not None and isinstance(server, asyncio.Server):
         # asyncio's own would end the transports below, which is a truncation for the peer.
         for how in ("close", "abort"):
-            vars(server)[f"{how}_clients"] = partial(_end, connections, how)
+            vars(server)[f"{how}_clients"] = partial(_end, counted, how)
     return server
 
 

@@ -239,9 +239,8 @@ class TrustStore:
             not_after = min(one.not_valid_after_utc for one in path)
         # ValueError: a name that no certificate can have, or a date in the year 0.
         except (VerificationError, ValueError) as error:
-            raise explain(
-                certificates, roots=self._roots, name=name, at=now, refusal=error
-            ) from None
+            roots = Roots(self.authorities, self.source)
+            raise explain(certificates, roots=roots, name=name, at=now, refusal=error) from None
         if self.pins:
             _require_pin(peer, self.pins)
         verified = VerifiedPeer(PROOF, peer, "ca")
@@ -285,10 +284,6 @@ class TrustStore:
     def _builder(self, leaf: ExtensionPolicy) -> PolicyBuilder:
         builder = PolicyBuilder().store(self._store).max_chain_depth(MAX_CHAIN)
         return builder.extension_policies(ca_policy=_AUTHORITY, ee_policy=leaf)
-
-    @property
-    def _roots(self) -> Roots:
-        return Roots(self.authorities, self.source)
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,8 @@ async def pipe(stream: SecureStream[Any]) -> None:
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(sender.send, stream)
-            await _write_output(stream)
+            while data := await stream.receive_some():
+                await in_thread(_write, data)
             # The peer's close_notify ends one direction only: ours continues, unless the peer has
             # closed the connection.
             nursery.start_soon(_cancel_when_gone, stream, nursery.cancel_scope)
@@ -123,11 +124,6 @@ def _unread(file: int) -> int:
 async def _cancel_when_gone(stream: SecureStream[Any], scope: trio.CancelScope) -> None:
     await stream.wait_peer_gone()
     scope.cancel()
-
-
-async def _write_output(stream: SecureStream[Any]) -> None:
-    while data := await stream.receive_some():
-        await in_thread(_write, data)
 
 
 def _write(data: bytes | bytearray) -> None:

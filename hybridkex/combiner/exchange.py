@@ -127,7 +127,8 @@ class PskAuthentication:
 
     def prove(self, role: Role, digest: bytes) -> bytes:
         """An HMAC over ``digest``, under a key that the PSK and ``role`` give."""
-        mac_key = hkdf_expand_label(SHA256, self._extracted, role.encode("ascii"), b"", 32)
+        extracted = Secret(hmac.digest(_HEADER, self.key.reveal(), "sha256"))
+        mac_key = hkdf_expand_label(SHA256, extracted, role.encode("ascii"), b"", 32)
         return hmac.digest(mac_key, digest, "sha256")
 
     def check(self, role: Role, digest: bytes, proof: bytes, peer: str) -> None:
@@ -137,10 +138,6 @@ class PskAuthentication:
                 "the peer's message does not verify: it has another pre-shared key, or is "
                 "configured differently (names, label, context, exchanges, QKD, method, length)"
             )
-
-    @property
-    def _extracted(self) -> Secret:
-        return Secret(hmac.digest(_HEADER, self.key.reveal(), "sha256"))
 
 
 @dataclass(frozen=True)
@@ -338,16 +335,12 @@ async def exchange(
         verifier = getattr(config.authentication, "verifier", None)
         if isinstance(verifier, Refreshable):
             await in_thread(verifier.refresh, abandon=True)
-        run = _Run(stream, config, on_authenticated or _nothing)
+        run = _Run(stream, config, on_authenticated or (lambda: None))
         result = await (run.initiate() if config.role == "initiator" else run.respond())
         if result.peer is not None and result.peer.remember is not None:
             await in_thread(result.peer.remember, abandon=True)
         return result
     raise HandshakeTimeout(f"the exchange did not end within {config.time_limit:g} s")
-
-
-def _nothing() -> None:
-    pass
 
 
 @dataclass(frozen=True)

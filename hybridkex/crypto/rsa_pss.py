@@ -54,9 +54,8 @@ class RsaPssKey:
 
 def spki_of(certificate: x509.Certificate) -> bytes:
     """SubjectPublicKeyInfo in DER as it stands in a certificate, whatever its algorithm."""
-    der = _der()
-    info: bytes = der.write_info(der.certificate_info(certificate))
-    return info
+    spki: bytes = _der().spki_of(certificate)
+    return spki
 
 
 def certificate_key(certificate: x509.Certificate, key: object) -> RsaPssKey:
@@ -67,7 +66,7 @@ def certificate_key(certificate: x509.Certificate, key: object) -> RsaPssKey:
     """
     if not isinstance(key, rsa.RSAPublicKey):
         raise ValueError("a key for RSASSA-PSS that is not an RSA key")  # noqa: TRY004
-    return _restricted(key, _der().certificate_info(certificate))
+    return _restricted(key, spki_of(certificate))
 
 
 def raw_key(spki: bytes, key: rsa.RSAPublicKey) -> RsaPssKey | None:
@@ -78,11 +77,11 @@ def raw_key(spki: bytes, key: rsa.RSAPublicKey) -> RsaPssKey | None:
     """
     if _RSASSA_PSS not in spki[:20]:
         return None
-    return _restricted(key, _der().read_info(spki))
+    return _restricted(key, spki)
 
 
-def _restricted(key: rsa.RSAPublicKey, info: Any) -> RsaPssKey:
-    found = _der().key_parameters(info)
+def _restricted(key: rsa.RSAPublicKey, spki: bytes) -> RsaPssKey:
+    found = _der().key_parameters(spki)
     return RsaPssKey(key, None if found is None else PssParameters(*found))
 
 

@@ -62,30 +62,18 @@ class _Info:
     key: asn1.BitString
 
 
-def certificate_info(certificate: x509.Certificate) -> _Info:
+def spki_of(certificate: x509.Certificate) -> bytes:
     """SubjectPublicKeyInfo as it stands in a certificate."""
-    info: _Info = asn1.decode_der(TbsCertificate, certificate.tbs_certificate_bytes).key.parse(
-        _Info
-    )
-    return info
+    tbs = asn1.decode_der(TbsCertificate, certificate.tbs_certificate_bytes)
+    return asn1.encode_der(tbs.key.parse(_Info))
 
 
-def read_info(spki: bytes) -> _Info:
-    """SubjectPublicKeyInfo from DER. Raises ``ValueError``: it does not parse."""
-    return asn1.decode_der(_Info, spki)
-
-
-def write_info(info: _Info) -> bytes:
-    """SubjectPublicKeyInfo in DER."""
-    return asn1.encode_der(info)
-
-
-def key_parameters(info: _Info) -> tuple[str, str, int] | None:
+def key_parameters(spki: bytes) -> tuple[str, str, int] | None:
     """The parameters of a restricted key: hash, hash of MGF1, bytes of salt.
 
-    Raises ``ValueError``: its parameters do not parse.
+    Raises ``ValueError``: it does not parse, or its parameters do not.
     """
-    given = info.algorithm.parse(_Algorithm).parameters
+    given = asn1.decode_der(_Info, spki).algorithm.parse(_Algorithm).parameters
     if given is None:
         return None
     if given.trailer not in (None, 1):

@@ -64,8 +64,8 @@ from hybridkex.link.ranges import file_kind, instance
 from hybridkex.link.settings import MOST_DETECTIONS, LinkSettings
 from hybridkex.link.simulated import stream_pair
 from hybridkex.link.wire import OtherDetections
+from hybridkex.machine import reason
 from hybridkex.secret import Secret
-from hybridkex.text import said
 
 Bits = NDArray[np.uint8]
 ARRAYS: Final = ("basis", "bit", "intensity", "pulse")
@@ -434,10 +434,6 @@ def _marker(path: Path | str) -> Path:
     return real.with_name(f"{real.name}{MARKER}")
 
 
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or said(error)
-
-
 def check_unused(path: Path | str) -> None:
     """Whether no keys were made of the detections in this file, and the next use can be marked.
 
@@ -457,7 +453,7 @@ def check_unused(path: Path | str) -> None:
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links that form a ring
         raise ConfigError(
             f"the file that marks the detections in {path} as used cannot be made beside them: "
-            f"{_reason(error)}; move the detections to a folder of yours"
+            f"{reason(error)}; move the detections to a folder of yours"
         ) from None
 
 
@@ -477,7 +473,7 @@ def mark_used(*paths: Path | str) -> None:
             except (OSError, ValueError, RuntimeError) as error:
                 raise LinkError(
                     f"the detections in {path} are not used, because the file that marks them as "
-                    f"used cannot be made beside them: {_reason(error)}"
+                    f"used cannot be made beside them: {reason(error)}"
                 ) from None
             undo.callback(marker.unlink)
         undo.pop_all()

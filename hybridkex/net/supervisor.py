@@ -28,7 +28,7 @@ import trio
 from trio.abc import AsyncResource, Listener
 
 from hybridkex.errors import HybridkexError
-from hybridkex.machine import is_scarce, refusal
+from hybridkex.machine import is_scarce, reason, refusal
 from hybridkex.net.budget import PATIENCE, Budget, Connection, TooManyConnections
 from hybridkex.net.descriptors import listening
 from hybridkex.net.log import SERVED_BURST, SERVED_RATE, BoundedLog
@@ -38,7 +38,6 @@ from hybridkex.net.pending import (
     RETRY_SECONDS,
     PendingConnections,
 )
-from hybridkex.text import said
 
 HANDSHAKE_SECONDS: Final = 10.0
 """Default time until a connection has authenticated, from the moment that it has a place."""
@@ -170,7 +169,7 @@ class Supervisor(Generic[T]):
                         logging.ERROR,
                         "%s: cannot accept connections now: %s; new ones wait in the queue",
                         self._name,
-                        _reason(error),
+                        reason(error.__cause__ or error),
                     )
                     if not await self._dismiss(pending.remove()):
                         self._handshakes.evict()
@@ -220,7 +219,9 @@ class Supervisor(Generic[T]):
             connection, stream = found
             scope = trio.CancelScope()
             connection.begin(
-                self._handshakes, cut=scope.cancel, may_stay=partial(_end_deadline, scope)
+                self._handshakes,
+                cut=scope.cancel,
+                may_stay=partial(setattr, scope, "deadline", math.inf),
             )
             connections.start_soon(self._run, stream, connection, scope)
             await self._let_accept()
@@ -274,7 +275,7 @@ class Supervisor(Generic[T]):
             self._log_end(connection, f"refused: {cause}")
         elif isinstance(cause, _EXPECTED):
             self._on_failure("failed")
-            self._log_end(connection, _reason(cause))
+            self._log_end(connection, reason(cause.__cause__ or cause))
         elif (refused := refusal(cause)) is not None:  # no memory, no thread
             self._on_failure("failed")
             self._log_end(connection, refused)
@@ -294,10 +295,6 @@ class Supervisor(Generic[T]):
 
     def _log_end(self, connection: Connection, text: str) -> None:
         connection.log.log(logging.WARNING, "%s: %s: %s", self._name, connection.peer, text)
-
-
-def _end_deadline(scope: trio.CancelScope) -> None:
-    scope.deadline = math.inf
 
 
 def _transport_of(stream: object) -> trio.SocketStream | None:
@@ -341,15 +338,6 @@ def _innermost(error: BaseException) -> BaseException:
         else:
             flat.append(one)
     return next((one for one in flat if not isinstance(one, _EXPECTED)), flat[0])
-
-
-def _reason(error: BaseException) -> str:
-    cause = error.__cause__ or error
-    if isinstance(cause, OSError) and cause.strerror:
-        return cause.strerror
-    if isinstance(cause, MemoryError):
-        return "out of memory"
-    return said(cause)
 
 
 def _place(error: BaseException) -> str:

@@ -42,7 +42,6 @@ from hybridkex.qkd.postgres_connection import (
 from hybridkex.qkd.postgres_schema import SCHEMA_VERSION, SINCE, TABLES
 from hybridkex.qkd.store import (
     EVERY_LINK,
-    Allotment,
     KeyStore,
     Material,
     OutcomeUnknown,
@@ -639,13 +638,9 @@ class PostgresKeyStore(KeyStore):
 
     # -- from material to grants
 
-    async def allot(
-        self, link: str, allotments: Sequence[Allotment], *, master: str, slaves: Sequence[str] = ()
-    ) -> None:
-        await super().allot(link, allotments, master=master, slaves=slaves)
-        for one in allotments:
-            for block in one.blocks:
-                self._held.pop((link, block), None)
+    def _end_reservations(self, link: str, key_ids: Iterable[str]) -> None:
+        for key_id in key_ids:  # the mark in the row ends with the row
+            self._held.pop((link, key_id), None)
 
     def _unreserved(self, db: _Cursor, link: str, key_ids: Sequence[str]) -> list[str]:
         rows = db.execute(

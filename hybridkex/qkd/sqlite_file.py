@@ -9,6 +9,7 @@ from typing import Final
 
 from hybridkex.errors import ConfigError
 from hybridkex.files import check_own, create_private, is_shared, make_private, read_file
+from hybridkex.machine import reason
 
 LOCK_SECONDS: Final = 0.1
 """How long the lock is waited for: another process may look into the file for a moment."""
@@ -54,8 +55,7 @@ def open_locked(path: Path, *, what: str = "key store", create: bool = True) -> 
             timeout=LOCK_SECONDS,
         )
     except (OSError, sqlite3.Error) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise ConfigError(f"cannot open the {what} {path}: {reason}") from error
+        raise ConfigError(f"cannot open the {what} {path}: {reason(error)}") from error
     try:
         # The lock is taken here and kept; with it, SQLite needs no shared memory.
         db.execute("PRAGMA locking_mode=EXCLUSIVE")

@@ -23,6 +23,7 @@ from cryptography.exceptions import InvalidTag
 
 from hybridkex.errors import ConfigError, KeySourceUnavailable
 from hybridkex.json_text import load_json
+from hybridkex.machine import reason
 from hybridkex.net.event_loop import checkpoint, in_thread, shielded
 from hybridkex.net.log import BoundedLog
 from hybridkex.net.threads import NoThread
@@ -45,7 +46,7 @@ from hybridkex.qkd.store import (
     place_of,
 )
 from hybridkex.secret import Secret
-from hybridkex.text import get_logger, said
+from hybridkex.text import get_logger
 
 LOG: Final = get_logger(__name__)
 
@@ -208,7 +209,7 @@ class SqliteKeyStore(KeyStore):
     def _prepare(self) -> None:
         """Check that the file is ours and create or migrate its tables, all in one transaction."""
         for name, number in (("hybridkex_link", 0), ("hybridkex_sae", 1)):
-            self._db.create_function(name, 0, partial(self._scope_part, number))
+            self._db.create_function(name, 0, lambda number=number: self._scope[number])
         self._db.execute("PRAGMA trusted_schema=ON")  # its triggers call these functions
         version = check_tables(self._db, self._path)
         if version:
@@ -229,10 +230,6 @@ class SqliteKeyStore(KeyStore):
                 migrate(db, version, self._seal)
             self._write_record(record)
             db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-
-    def _scope_part(self, number: int) -> str | None:
-        """The value of a function that the triggers call."""
-        return self._scope[number]
 
     # -- the sealing key
 
@@ -341,19 +338,15 @@ class SqliteKeyStore(KeyStore):
 
     async def _carry_out(self, group: list[Call[Any]]) -> None:
         try:
-            await in_thread(self._work_and_commit, group)
+            await in_thread(self._work, group)
         except _FAILURES as error:
             self._note_failure(error)
             self._fail(group, partial(_failed, error))
         except Exception as error:  # a defect
             self._fail(group, partial(_same, error))
 
-    def _work_and_commit(self, group: list[Call[Any]]) -> None:
-        if self._work(group):
-            self._commit()
-
-    def _work(self, group: list[Call[Any]]) -> bool:
-        """Run the statements of a group. True: there are changes, still to be committed."""
+    def _work(self, group: list[Call[Any]]) -> None:
+        """Run the statements of a group, and commit its changes."""
         self._check_files()
         self._undo()  # a failed roll-back may have left a transaction
         changes = self._db.total_changes
@@ -363,11 +356,11 @@ class SqliteKeyStore(KeyStore):
             self._do(call)
         if self._db.total_changes != changes:
             self._unscrubbed = True
-            return True
+            self._commit()
+            return
         if self._db.in_transaction:
             self._db.execute("COMMIT")
         self._check_files()
-        return False
 
     def _do(self, call: Call[Any]) -> None:
         if call.writes:
@@ -548,7 +541,7 @@ class SqliteKeyStore(KeyStore):
         found, damaged = await self._calls.run(
             partial(self._reserve, link, number, half, passed),
             size=number,
-            undo=lambda value: self._let_go(link, [one.key_id for one in value[0]]),
+            undo=lambda value: self._end_reservations(link, [one.key_id for one in value[0]]),
         )
         if damaged:
             # One damaged row must not block the others.
@@ -556,7 +549,7 @@ class SqliteKeyStore(KeyStore):
             try:
                 await self._run(link, lambda db: self._erase(db, link, damaged), size=len(damaged))
             except BaseException:
-                self._let_go(link, [one.key_id for one in found])
+                self._end_reservations(link, [one.key_id for one in found])
                 raise
         return found
 
@@ -588,12 +581,12 @@ class SqliteKeyStore(KeyStore):
         self._reserved.update((link, material.key_id) for material in found)
         return found, damaged
 
-    def _let_go(self, link: str, key_ids: Iterable[str]) -> None:
+    def _end_reservations(self, link: str, key_ids: Iterable[str]) -> None:
         self._reserved.difference_update([(link, key_id) for key_id in key_ids])
 
     async def release(self, link: str, key_ids: Iterable[str]) -> None:
         # No I/O: the set belongs to this process.
-        self._let_go(link, key_ids)
+        self._end_reservations(link, key_ids)
         await checkpoint()
 
     def _sizes(self, db: _Db, link: str) -> tuple[int, int]:
@@ -640,9 +633,6 @@ class SqliteKeyStore(KeyStore):
             (link, json.dumps(key_ids)),
         )
         return dict(rows.fetchall())
-
-    def _end_reservations(self, link: str, key_ids: Iterable[str]) -> None:
-        self._let_go(link, key_ids)
 
     def _spend(self, db: _Db, link: str, key_ids: Iterable[str]) -> set[str]:
         rows = db.execute(
@@ -866,4 +856,4 @@ def _reason(error: Exception) -> str:
         return "a key in it is damaged or altered"
     if isinstance(error, _DAMAGE) and not isinstance(error, ConfigError):
         return "its content is damaged"
-    return "out of memory" if isinstance(error, MemoryError) else said(error)
+    return reason(error)

@@ -522,9 +522,8 @@ class KeyStore(ABC):
     def _take_reserved(self, db: _Db, link: str, key_ids: Sequence[str]) -> dict[str, bytes]:
         """Remove material that no other process has reserved. Returns the removed keys, sealed."""
 
-    def _end_reservations(  # noqa: B027  # a mark in the row ends with the row
-        self, link: str, key_ids: Iterable[str]
-    ) -> None:
+    @abstractmethod
+    def _end_reservations(self, link: str, key_ids: Iterable[str]) -> None:
         """Called after a transaction that has taken what was reserved: one that fails ends none,
         or the caller's release would end that of the next who reserves them."""
 

@@ -331,10 +331,6 @@ def _whole(body: bytes | bytearray | memoryview) -> Whole:
 _MOST: Final = 1 << 63
 
 
-def _is_list_of_strings(value: object) -> TypeGuard[list[str]]:
-    return isinstance(value, list) and all(isinstance(part, str) for part in value)
-
-
 def _is_number(value: object) -> TypeGuard[int]:
     return type(value) is int and 0 <= value < _MOST
 
@@ -367,7 +363,7 @@ def _checked(wanted: type[Message], hint: Any, value: object) -> Any:
     if hint is How and isinstance(value, str) and value in _HOW:
         return How(value)
     if isinstance(value, list):
-        if hint == tuple[str, ...] and _is_list_of_strings(value):
+        if hint == tuple[str, ...] and all(isinstance(part, str) for part in value):
             return tuple(value)
         if hint == tuple[int, ...] and all(map(_is_number, value)):
             return tuple(value)

@@ -182,7 +182,7 @@ class _Conversation:
             ):
                 await self._tell(await self._step(self._reception.settle))
             elif self._reception.can_hash and not self._unread and not finished:
-                await self._step(self._reception.hash_ahead, self._has_news)
+                await self._step(self._reception.hash_ahead, lambda: bool(self._unread))
             elif not self._unread and not finished:
                 if self._ending is not None:
                     raise self._ending
@@ -193,9 +193,6 @@ class _Conversation:
     async def _step(self, act: Callable[..., T], *arguments: Any) -> T:
         async with self._steps:
             return await in_thread(act, *arguments)
-
-    def _has_news(self) -> bool:
-        return bool(self._unread)
 
     async def _tell(self, answers: Answers) -> bool:
         """Send the answers; returns whether the sender has finished."""

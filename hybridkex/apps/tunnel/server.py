@@ -24,7 +24,14 @@ from hybridkex.apps.tcp import no_connection, reset, set_reset
 from hybridkex.apps.tunnel.config import TunnelConfig, TunnelSettings, check_together
 from hybridkex.apps.tunnel.forward import Activity, ConnectionCut, Leg, forward
 from hybridkex.apps.tunnel.metrics import TunnelCounters, TunnelMetrics
-from hybridkex.apps.tunnel.sockets import Listening, connect, listen_for, write_ports
+from hybridkex.apps.tunnel.sockets import (
+    LOG,
+    Listening,
+    LostNames,
+    connect,
+    listen_for,
+    write_ports,
+)
 from hybridkex.errors import ConfigError, HybridkexError
 from hybridkex.machine import is_scarce, refusal
 from hybridkex.net.address import Address
@@ -32,9 +39,7 @@ from hybridkex.net.budget import Budget, Connection, TooManyConnections
 from hybridkex.net.readiness import Readiness
 from hybridkex.net.sockets import keep_alive
 from hybridkex.net.supervisor import Supervisor
-from hybridkex.text import get_logger, json_line
-
-LOG: Final = get_logger("hybridkex.tunnel")
+from hybridkex.text import json_line
 
 _LOOK_EVERY: Final = 1.0
 """Seconds between two checks of the names of Unix sockets."""
@@ -264,7 +269,7 @@ class TunnelServer:
 
     async def _keep_names(self, *, task_status: trio.TaskStatus[trio.CancelScope]) -> None:
         """Listen again whenever the name of a Unix socket is removed or replaced."""
-        failures: dict[_Key, str] = {}
+        lost = LostNames()
         with trio.CancelScope() as scope:
             task_status.started(scope)
             while True:
@@ -272,30 +277,17 @@ class TunnelServer:
                 async with self._changing:
                     for key, endpoint in list(self._endpoints.items()):
                         if endpoint.listening.reachable:
-                            failures.pop(key, None)
+                            lost.found(endpoint.active.config)
                         else:
-                            await self._listen_again(key, endpoint, failures)
+                            await self._listen_again(key, endpoint, lost)
 
-    async def _listen_again(
-        self, key: _Key, endpoint: _Endpoint, failures: dict[_Key, str]
-    ) -> None:
-        config = endpoint.active.config
+    async def _listen_again(self, key: _Key, endpoint: _Endpoint, lost: LostNames) -> None:
         try:
             again = await self._open_endpoint(endpoint.active, endpoint.budget)
         except HybridkexError as error:
-            if failures.get(key) != str(error):  # once, not every time
-                LOG.error(  # noqa: TRY400
-                    "%s: its socket was removed or replaced and cannot be opened again: %s; it "
-                    "accepts no connections; retrying",
-                    *(config.name, error),
-                )
-            failures[key] = str(error)
+            lost.failed(endpoint.active.config, error)
             return
-        failures.pop(key, None)
-        LOG.warning(
-            "%s: the socket %s was removed or replaced; it has been created again",
-            *(config.name, config.local),
-        )
+        lost.opened(endpoint.active.config)
         self._endpoints[key] = again
         endpoint.scope.cancel()
         self._accepting.start_soon(self._accept, again)

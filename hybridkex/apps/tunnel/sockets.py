@@ -13,10 +13,13 @@ import trio
 from hybridkex.apps.port_file import check_new_file, write_port
 from hybridkex.apps.tcp import no_connection
 from hybridkex.apps.tunnel.config import TunnelConfig, TunnelSettings
-from hybridkex.errors import ConfigError
+from hybridkex.errors import ConfigError, HybridkexError
 from hybridkex.files import change_mode
 from hybridkex.net.address import Address, TcpAddress, UnixAddress
 from hybridkex.net.listening import check_listening, open_tcp_listeners
+from hybridkex.text import get_logger
+
+LOG: Final = get_logger("hybridkex.tunnel")
 
 _BACKLOG: Final = 4096
 """The backlog of a Unix socket; the kernel caps it at its own limit (listen(2))."""
@@ -98,6 +101,32 @@ def _inode(path: str) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino
+
+
+class LostNames:
+    """Reports that Unix sockets have lost their names; the same failure only once."""
+
+    def __init__(self) -> None:
+        self._failures: dict[str, str] = {}
+
+    def found(self, config: TunnelConfig) -> None:
+        self._failures.pop(config.name, None)
+
+    def failed(self, config: TunnelConfig, error: HybridkexError) -> None:
+        if self._failures.get(config.name) != str(error):
+            LOG.error(
+                "%s: its socket was removed or replaced and cannot be opened again: %s; it "
+                "accepts no connections; retrying",
+                *(config.name, error),
+            )
+        self._failures[config.name] = str(error)
+
+    def opened(self, config: TunnelConfig) -> None:
+        self.found(config)
+        LOG.warning(
+            "%s: the socket %s was removed or replaced; it has been created again",
+            *(config.name, config.local),
+        )
 
 
 async def listen_for(config: TunnelConfig) -> Listening:

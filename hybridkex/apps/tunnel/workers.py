@@ -23,14 +23,11 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
 
 from hybridkex.apps.tunnel.config import TunnelSettings, check_together
-from hybridkex.apps.tunnel.sockets import Listening, listen_for, write_ports
+from hybridkex.apps.tunnel.sockets import LOG, Listening, LostNames, listen_for, write_ports
 from hybridkex.apps.tunnel.worker import Orders, messages
 from hybridkex.errors import ConfigError, HybridkexError
 from hybridkex.machine import refusal
 from hybridkex.net.address import Address
-from hybridkex.text import get_logger
-
-LOG: Final = get_logger("hybridkex.tunnel")
 
 READY_SECONDS: Final = 60.0
 """Seconds for a worker to start, with its key sources."""
@@ -356,7 +353,7 @@ class WorkerPool:
                 try:
                     fresh = await self._start_ready(1, self._settings, self._listening)
                 except HybridkexError as error:
-                    LOG.error("no worker could be started: %s; retrying", error)  # noqa: TRY400
+                    LOG.error("no worker could be started: %s; retrying", error)
                 else:
                     fresh &= self._workers  # or it has ended already
                     self._current |= fresh
@@ -368,33 +365,24 @@ class WorkerPool:
 
     async def _keep_names(self) -> None:
         """Listen again whenever the name of a Unix socket is removed or replaced."""
-        failure = ""
+        lost = LostNames()
         while True:
             await trio.sleep(LOOK_EVERY)
-            gone = [
-                config
-                for config in self._settings.tunnels
-                if not self._listening[config.endpoint].reachable
-            ]
+            gone = []
+            for config in self._settings.tunnels:
+                if self._listening[config.endpoint].reachable:
+                    lost.found(config)
+                else:
+                    gone.append(config)
             if not gone:
-                failure = ""
                 continue
             try:
                 await self.apply_settings(self._settings)
             except HybridkexError as error:
-                if failure != str(error):  # once, not every time
-                    LOG.error(  # noqa: TRY400
-                        "%s: its socket was removed or replaced and cannot be opened again: %s; it "
-                        "accepts no connections; retrying",
-                        *(gone[0].name, error),
-                    )
-                failure = str(error)
+                lost.failed(gone[0], error)
                 continue
             for config in gone:
-                LOG.warning(
-                    "%s: the socket %s was removed or replaced; it has been created again",
-                    *(config.name, config.local),
-                )
+                lost.opened(config)
 
     # -- metrics
 

@@ -138,9 +138,7 @@ async def _rotate(
 
 
 async def _connect(address: TcpAddress, rotator: Rotator, *, once: bool) -> None:
-    async def connect() -> trio.SocketStream:
-        return await _open_stream(address)
-
+    connect = partial(_open_stream, address)
     await rotator.start()
     if once:
         await rotator.initiate(connect)

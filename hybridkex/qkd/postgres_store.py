@@ -346,62 +346,44 @@ class PostgresKeyStore(KeyStore):
 
         return await self._run(EVERY_LINK, finish)
 
-    def _renew_material(
-        self, db: _Cursor, after: tuple[Any, ...]
-    ) -> tuple[tuple[Any, ...] | None, int]:
-        rows = db.execute(
-            "SELECT seq, link, key_id, sealed FROM material WHERE seq > %s ORDER BY seq LIMIT %s",
-            (*(after or (0,)), self.PAGE),
-        ).fetchall()
-        new = [
-            (seq, sealed, renewed)
-            for seq, link, key_id, sealed in rows
-            if (renewed := self._seal.renewed(sealed, place_of("material", link, key_id)))
-        ]
-        if new:
-            # One that is locked is about to leave; if it stays, the next walk finds it.
+    def _sealed_after(
+        self, db: _Cursor, table: str, after: tuple[Any, ...]
+    ) -> list[tuple[tuple[Any, ...], tuple[str, ...], bytes | None]]:
+        if table == "material":
             db.execute(
-                "UPDATE material SET sealed = new.renewed FROM"
-                " (SELECT material.seq, given.renewed FROM material JOIN"
-                " unnest(%s::bigint[], %s::bytea[], %s::bytea[]) AS given (seq, sealed, renewed)"
-                " ON material.seq = given.seq AND material.sealed = given.sealed"
-                " FOR UPDATE OF material SKIP LOCKED) AS new WHERE material.seq = new.seq",
-                list(map(list, zip(*new, strict=True))),
+                "SELECT seq, link, key_id, sealed FROM material WHERE seq > %s"
+                " ORDER BY seq LIMIT %s",
+                (*(after or (0,)), self.PAGE),
             )
-        return (rows[-1][:1] if len(rows) == self.PAGE else None), len(new)
-
-    def _renew_grants(
-        self, db: _Cursor, after: tuple[Any, ...]
-    ) -> tuple[tuple[Any, ...] | None, int]:
-        rows = db.execute(
+            return [((seq,), (table, link, key_id), sealed) for seq, link, key_id, sealed in db]
+        db.execute(
             "SELECT key_id, link, slave, master, sealed FROM grants"
-            " WHERE (key_id, link, slave) > (%s, %s, %s)"
-            " ORDER BY key_id, link, slave LIMIT %s",
+            " WHERE (key_id, link, slave) > (%s, %s, %s) ORDER BY key_id, link, slave LIMIT %s",
             (*(after or ("", "", "")), self.PAGE),
-        ).fetchall()
-        new = [
-            (link, key_id, slave, sealed, renewed)
-            for key_id, link, slave, master, sealed in rows
-            if sealed is not None
-            and (
-                renewed := self._seal.renewed(
-                    sealed, place_of("grant", link, key_id, master, slave)
-                )
-            )
+        )
+        return [
+            ((key_id, link, slave), ("grant", link, key_id, master, slave), sealed)
+            for key_id, link, slave, master, sealed in db
         ]
-        if new:
-            db.execute(
-                "UPDATE grants SET sealed = new.renewed FROM"
-                " (SELECT grants.link, grants.key_id, grants.slave, given.renewed FROM grants JOIN"
-                " unnest(%s::text[], %s::text[], %s::text[], %s::bytea[], %s::bytea[])"
-                " AS given (link, key_id, slave, sealed, renewed)"
-                " USING (link, key_id, slave) WHERE grants.sealed = given.sealed"
-                " FOR UPDATE OF grants SKIP LOCKED) AS new"
-                " WHERE grants.link = new.link AND grants.key_id = new.key_id"
-                " AND grants.slave = new.slave",
-                list(map(list, zip(*new, strict=True))),
-            )
-        return (rows[-1][:3] if len(rows) == self.PAGE else None), len(new)
+
+    def _seal_again(self, db: _Cursor, table: str, new: Sequence[tuple[Any, ...]]) -> None:
+        # One that is locked is about to leave; if it stays, the next walk finds it.
+        db.execute(
+            "UPDATE material SET sealed = new.renewed FROM"
+            " (SELECT seq, given.renewed FROM material JOIN"
+            " unnest(%s::bigint[], %s::bytea[], %s::bytea[]) AS given (seq, sealed, renewed)"
+            " USING (seq) WHERE material.sealed = given.sealed"
+            " FOR UPDATE OF material SKIP LOCKED) AS new WHERE material.seq = new.seq"
+            if table == "material"
+            else "UPDATE grants SET sealed = new.renewed FROM"
+            " (SELECT key_id, link, slave, given.renewed FROM grants JOIN"
+            " unnest(%s::text[], %s::text[], %s::text[], %s::bytea[], %s::bytea[])"
+            " AS given (key_id, link, slave, sealed, renewed)"
+            " USING (key_id, link, slave) WHERE grants.sealed = given.sealed"
+            " FOR UPDATE OF grants SKIP LOCKED) AS new WHERE grants.key_id = new.key_id"
+            " AND grants.link = new.link AND grants.slave = new.slave",
+            list(map(list, zip(*new, strict=True))),
+        )
 
     # -- a move of another store's keys into this one
 

@@ -277,42 +277,31 @@ class SqliteKeyStore(KeyStore):
 
         return await self._run(EVERY_LINK, retire)
 
-    def _renew_material(
-        self, db: _Db, after: tuple[Any, ...]
-    ) -> tuple[tuple[Any, ...] | None, int]:
-        rows = db.execute(
-            "SELECT seq, link, key_id, sealed FROM material WHERE seq > ? ORDER BY seq LIMIT ?",
-            (*(after or (0,)), self.PAGE),
-        ).fetchall()
-        new = [
-            (renewed, link, seq)
-            for seq, link, key_id, sealed in rows
-            if (renewed := self._seal.renewed(sealed, place_of("material", link, key_id)))
-        ]
-        db.executemany("UPDATE material SET sealed = ? WHERE link = ? AND seq = ?", new)
-        return (rows[-1][:1] if len(rows) == self.PAGE else None), len(new)
-
-    def _renew_grants(self, db: _Db, after: tuple[Any, ...]) -> tuple[tuple[Any, ...] | None, int]:
+    def _sealed_after(
+        self, db: _Db, table: str, after: tuple[Any, ...]
+    ) -> list[tuple[tuple[Any, ...], tuple[str, ...], bytes | None]]:
+        if table == "material":
+            rows = db.execute(
+                "SELECT seq, link, key_id, sealed FROM material WHERE seq > ? ORDER BY seq LIMIT ?",
+                (*(after or (0,)), self.PAGE),
+            )
+            return [((seq,), (table, link, key_id), sealed) for seq, link, key_id, sealed in rows]
         rows = db.execute(
             "SELECT link, key_id, slave, master, sealed FROM grants"
-            " WHERE (link, key_id, slave) > (?, ?, ?)"
-            " ORDER BY link, key_id, slave LIMIT ?",
+            " WHERE (link, key_id, slave) > (?, ?, ?) ORDER BY link, key_id, slave LIMIT ?",
             (*(after or ("", "", "")), self.PAGE),
-        ).fetchall()
-        new = [
-            (renewed, link, key_id, slave)
-            for link, key_id, slave, master, sealed in rows
-            if sealed is not None
-            and (
-                renewed := self._seal.renewed(
-                    sealed, place_of("grant", link, key_id, master, slave)
-                )
-            )
-        ]
-        db.executemany(
-            "UPDATE grants SET sealed = ? WHERE link = ? AND key_id = ? AND slave = ?", new
         )
-        return (rows[-1][:3] if len(rows) == self.PAGE else None), len(new)
+        return [
+            ((link, key_id, slave), ("grant", link, key_id, master, slave), sealed)
+            for link, key_id, slave, master, sealed in rows
+        ]
+
+    def _seal_again(self, db: _Db, table: str, new: Sequence[tuple[Any, ...]]) -> None:
+        which = "seq = ?" if table == "material" else "link = ? AND key_id = ? AND slave = ?"
+        db.executemany(
+            f"UPDATE {table} SET sealed = ? WHERE {which}",
+            [(renewed, *position) for *position, _, renewed in new],
+        )
 
     # -- carrying out calls
 

@@ -450,14 +450,28 @@ class KeyStore(ABC):
     async def _renew_rows(self) -> int:
         """Walk through all keys once. Returns the number of keys that were encrypted again."""
         renewed = 0
-        for part in (self._renew_material, self._renew_grants):
+        for table in ("material", "grants"):
             last: tuple[Any, ...] | None = ()
             while last is not None:
-                last, number = await self._run(
-                    EVERY_LINK, partial(part, after=last), size=self.PAGE
-                )
+                work = partial(self._renew_page, table=table, after=last)
+                last, number = await self._run(EVERY_LINK, work, size=self.PAGE)
                 renewed += number
         return renewed
+
+    def _renew_page(
+        self, db: _Db, table: str, after: tuple[Any, ...]
+    ) -> tuple[tuple[Any, ...] | None, int]:
+        """Encrypt again at most ``PAGE`` keys after a position. Returns the next position, and the
+        number of keys that were encrypted again."""
+        rows = self._sealed_after(db, table, after)
+        new = [
+            (*position, sealed, renewed)
+            for position, place, sealed in rows
+            if sealed is not None and (renewed := self._seal.renewed(sealed, place_of(*place)))
+        ]
+        if new:
+            self._seal_again(db, table, new)
+        return (rows[-1][0] if len(rows) == self.PAGE else None), len(new)
 
     @abstractmethod
     async def tidy(self) -> None:
@@ -565,15 +579,15 @@ class KeyStore(ABC):
     def _forget_spent(self, db: _Db, before: float) -> int: ...
 
     @abstractmethod
-    def _renew_material(
-        self, db: _Db, after: tuple[Any, ...]
-    ) -> tuple[tuple[Any, ...] | None, int]:
-        """Encrypt again at most ``PAGE`` keys after a position. Returns the next position, and the
-        number of keys that were encrypted again."""
+    def _sealed_after(
+        self, db: _Db, table: str, after: tuple[Any, ...]
+    ) -> list[tuple[tuple[Any, ...], tuple[str, ...], bytes | None]]:
+        """At most ``PAGE`` rows of ``material`` or ``grants`` after a position: the position and
+        the place (:func:`place_of`) of each, and the sealed key, if it is still there."""
 
     @abstractmethod
-    def _renew_grants(self, db: _Db, after: tuple[Any, ...]) -> tuple[tuple[Any, ...] | None, int]:
-        """Likewise."""
+    def _seal_again(self, db: _Db, table: str, new: Sequence[tuple[Any, ...]]) -> None:
+        """Replace sealed keys: the row's position, what it has now, and the new one."""
 
 
 def _refused(

@@ -70,7 +70,7 @@ def broken(error: BaseException) -> str:
     """Why a connection broke: a message about the innermost cause."""
     cause = error.__cause__ or error
     if not isinstance(cause, OSError):
-        return reason(cause)
+        return said(cause)
     if cause.errno in _GONE:
         why = cause.strerror or type(cause).__name__
         return f"the other end cut the connection ({why}): its log may say why"

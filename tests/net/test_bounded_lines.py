@@ -29,12 +29,12 @@ DELIVERED = "the record of who had which key; limits.rate and limits.peer_rate b
 KNOWN = "a peer that has proved who it is: each of its connections is listed"
 ALLOWED = {
     ("hybridkex/apps/tunnel/server.py", "_hold"): OWNER,
-    ("hybridkex/apps/tunnel/server.py", "_listen_again"): FILES,
     ("hybridkex/apps/tunnel/server.py", "_secure"): KNOWN,
     ("hybridkex/apps/tunnel/server.py", "run"): OWNER,
     ("hybridkex/apps/tunnel/service.py", "_reload"): OWNER,
     ("hybridkex/apps/tunnel/service.py", "_say_ready"): OWNER,
-    ("hybridkex/apps/tunnel/workers.py", "_keep_names"): FILES,
+    ("hybridkex/apps/tunnel/sockets.py", "failed"): FILES,
+    ("hybridkex/apps/tunnel/sockets.py", "opened"): FILES,
     ("hybridkex/apps/tunnel/workers.py", "_replace"): "each attempt waits longer, up to 30 s",
     ("hybridkex/apps/tunnel/workers.py", "_watch"): "a process that ended; its successor waits",
     ("hybridkex/apps/wireguard/rotation.py", "_check"): "every 10 s at most; of another local user",

@@ -24,14 +24,7 @@ from hybridkex.apps.tcp import no_connection, reset, set_reset
 from hybridkex.apps.tunnel.config import TunnelConfig, TunnelSettings, check_together
 from hybridkex.apps.tunnel.forward import Activity, ConnectionCut, Leg, forward
 from hybridkex.apps.tunnel.metrics import TunnelCounters, TunnelMetrics
-from hybridkex.apps.tunnel.sockets import (
-    LOG,
-    Listening,
-    LostNames,
-    connect,
-    listen_for,
-    write_ports,
-)
+from hybridkex.apps.tunnel.sockets import Listening, LostNames, connect, listen_for, write_ports
 from hybridkex.errors import ConfigError, HybridkexError
 from hybridkex.machine import is_scarce, refusal
 from hybridkex.net.address import Address
@@ -39,7 +32,9 @@ from hybridkex.net.budget import Budget, Connection, TooManyConnections
 from hybridkex.net.readiness import Readiness
 from hybridkex.net.sockets import keep_alive
 from hybridkex.net.supervisor import Supervisor
-from hybridkex.text import json_line
+from hybridkex.text import get_logger, json_line
+
+LOG: Final = get_logger("hybridkex.tunnel")
 
 _LOOK_EVERY: Final = 1.0
 """Seconds between two checks of the names of Unix sockets."""

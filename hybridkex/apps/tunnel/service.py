@@ -1,6 +1,7 @@
 """Tunnels as a service: signals reload or drain them, and systemd is notified."""
 
 from collections.abc import Callable
+from typing import Final
 
 import trio
 
@@ -8,10 +9,12 @@ from hybridkex import HybridkexError
 from hybridkex.apps.systemd import notify, notify_reloading, obey, open_signals
 from hybridkex.apps.tunnel.config import TunnelSettings
 from hybridkex.apps.tunnel.server import TunnelServer
-from hybridkex.apps.tunnel.sockets import LOG
 from hybridkex.apps.tunnel.workers import WorkerPool
 from hybridkex.machine import leaves
 from hybridkex.net.event_loop import in_thread
+from hybridkex.text import get_logger
+
+LOG: Final = get_logger("hybridkex.tunnel")
 
 
 class TunnelService:
@@ -84,7 +87,7 @@ class TunnelService:
             # No fault of a file may end a running service.
             reason = next(leaves(error))
             said = str(reason) if isinstance(reason, HybridkexError) else repr(reason)
-            LOG.error("not reloaded, the old configuration stays: %s", said)
+            LOG.error("not reloaded, the old configuration stays: %s", said)  # noqa: TRY400
         else:
             if settings.metrics != self._settings.metrics:
                 LOG.warning("a new metrics address needs a restart")

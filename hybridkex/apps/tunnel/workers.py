@@ -23,11 +23,14 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
 
 from hybridkex.apps.tunnel.config import TunnelSettings, check_together
-from hybridkex.apps.tunnel.sockets import LOG, Listening, LostNames, listen_for, write_ports
+from hybridkex.apps.tunnel.sockets import Listening, LostNames, listen_for, write_ports
 from hybridkex.apps.tunnel.worker import Orders, messages
 from hybridkex.errors import ConfigError, HybridkexError
 from hybridkex.machine import refusal
 from hybridkex.net.address import Address
+from hybridkex.text import get_logger
+
+LOG: Final = get_logger("hybridkex.tunnel")
 
 READY_SECONDS: Final = 60.0
 """Seconds for a worker to start, with its key sources."""
@@ -353,7 +356,7 @@ class WorkerPool:
                 try:
                     fresh = await self._start_ready(1, self._settings, self._listening)
                 except HybridkexError as error:
-                    LOG.error("no worker could be started: %s; retrying", error)
+                    LOG.error("no worker could be started: %s; retrying", error)  # noqa: TRY400
                 else:
                     fresh &= self._workers  # or it has ended already
                     self._current |= fresh

@@ -283,9 +283,11 @@ class SqliteKeyStore(KeyStore):
         if table == "material":
             rows = db.execute(
                 "SELECT seq, link, key_id, sealed FROM material WHERE seq > ? ORDER BY seq LIMIT ?",
-                (*(after or (0,)), self.PAGE),
+                (after[0] if after else 0, self.PAGE),
             )
-            return [((seq,), (table, link, key_id), sealed) for seq, link, key_id, sealed in rows]
+            return [
+                ((seq, link), (table, link, key_id), sealed) for seq, link, key_id, sealed in rows
+            ]
         rows = db.execute(
             "SELECT link, key_id, slave, master, sealed FROM grants"
             " WHERE (link, key_id, slave) > (?, ?, ?) ORDER BY link, key_id, slave LIMIT ?",
@@ -297,9 +299,10 @@ class SqliteKeyStore(KeyStore):
         ]
 
     def _seal_again(self, db: _Db, table: str, new: Sequence[tuple[Any, ...]]) -> None:
-        which = "seq = ?" if table == "material" else "link = ? AND key_id = ? AND slave = ?"
         db.executemany(
-            f"UPDATE {table} SET sealed = ? WHERE {which}",
+            "UPDATE material SET sealed = ? WHERE seq = ? AND link = ?"
+            if table == "material"
+            else "UPDATE grants SET sealed = ? WHERE link = ? AND key_id = ? AND slave = ?",
             [(renewed, *position) for *position, _, renewed in new],
         )
 

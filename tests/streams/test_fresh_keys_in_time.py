@@ -285,8 +285,8 @@ async def test_an_outage(seed: int, autojump_clock: trio.testing.MockClock) -> N
 
 
 @pytest.mark.slow
-def test_many_outages() -> None:
-    for seed in range(25, 1000):
+def test_many_outages(thorough: bool) -> None:
+    for seed in range(25, 1000 if thorough else 325):
         trio.run(outage, seed, clock=trio.testing.MockClock(autojump_threshold=0))
 
 

@@ -6,22 +6,28 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Final
 
+from interop.forks import Forked, Forks
+
 __all__ = ["Broken", "Process", "World", "until"]
 
-ROOT: Final = Path(__file__).parents[2]
 PATIENCE: Final = 60.0
 """Seconds to wait for a condition; the machine may be busy."""
 TOKEN: Final = "HYBRIDKEX_FAULTS"
 LINES_PER_SECOND: Final = 40
 """Log lines that a process may write on average: a fault must not cause a flood."""
 LINES_OF_RELOAD: Final = 4
+
+
+@cache
+def _forks() -> Forks:
+    return Forks("interop.faults.launch")
 
 
 class Broken(Exception):
@@ -42,7 +48,7 @@ class Process:
     """A process under test."""
 
     name: str
-    running: "subprocess.Popen[bytes]"
+    running: Forked
     log: Path
     started: float = field(default_factory=time.monotonic)
     descriptors_before: int = 0
@@ -96,10 +102,9 @@ class World:
 
     Args:
         folder: empty; everything that the processes write is inside.
-        preload: more of their environment.
     """
 
-    def __init__(self, folder: Path, preload: Mapping[str, str] | None = None) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder: Final = folder
         self.temporary: Final = folder / "temporary"
         self.temporary.mkdir(parents=True)
@@ -111,13 +116,7 @@ class World:
         """While this file exists, no process can start a thread."""
         self._clock = folder / "clock"
         self.processes: Final[list[Process]] = []
-        self._environment = {
-            **os.environ,
-            **(preload or {}),
-            "TMPDIR": str(self.temporary),
-            "PYTHONPATH": str(ROOT),
-            TOKEN: str(folder),
-        }
+        self._environment = {"TMPDIR": str(self.temporary), TOKEN: str(folder)}
 
     def set_clock(self, ahead: float) -> None:
         """Let the clocks of all processes be so many seconds ahead."""
@@ -128,18 +127,15 @@ class World:
     def start(self, name: str, *words: object, module: str = "hybridkex") -> Process:
         """Start a command and write its standard error to a log."""
         log = self.logs / f"{name}.log"
-        launch = ("-m", "interop.faults.launch", str(self.folder), module)
-        command = [sys.executable, *launch, *map(str, words)]
+        request = {
+            "folder": str(self.folder),
+            "environment": self._environment,
+            "module": module,
+            "words": list(map(str, words)),
+        }
         with log.open("ab") as errors:
             before = errors.tell()
-            running = subprocess.Popen(
-                command,
-                cwd=self.folder,
-                env=self._environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=errors,
-            )
+            running = _forks().start(request, errors)
         process = Process(name, running, log, log_before=before)
         self.processes.append(process)
         return process
@@ -158,12 +154,16 @@ class World:
         return status
 
     def left_over(self) -> list[str]:
-        """Processes that carry our token although we did not start them."""
+        """Processes that carry our token, or run in our folder, although we did not start them."""
         known = {process.pid for process in self.processes}
         token, found = f"{TOKEN}={self.folder}".encode(), []
         for entry in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                if int(entry.name) not in known and token in (entry / "environ").read_bytes():
+                # A program that was executed carries the token; what was forked has our folder.
+                ours = token in (entry / "environ").read_bytes() or (
+                    (entry / "cwd").readlink().is_relative_to(self.folder)
+                )
+                if ours and int(entry.name) not in known:
                     found.append((entry / "cmdline").read_text().replace("\0", " "))
         return found
 

@@ -26,39 +26,13 @@ from typing import IO, Any, NoReturn
 
 from waiting import until
 
+from interop.forks import serve
+
 NOBODY = 65534
 LIMIT = 60.0
 
 
 # --- in the server --------------------------------------------------------------------------------
-
-
-def serve(control: socket.socket) -> dict[str, Any]:
-    """Fork for each request; returns only in a child, with its request."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those in between
-    while True:
-        message, files, _, _ = socket.recv_fds(control, 1 << 20, 4)
-        if not message:
-            os._exit(0)
-        if os.fork() == 0:
-            control.close()
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            *standard, status = files
-            child = os.fork()
-            if child == 0:
-                os.close(status)
-                for number, descriptor in enumerate(standard):
-                    os.dup2(descriptor, number)
-                    os.close(descriptor)
-                request: dict[str, Any] = json.loads(message)
-                return request
-            for descriptor in standard:
-                os.close(descriptor)
-            os.write(status, f"{child}\n".encode())
-            os.write(status, f"{os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}\n".encode())
-            os._exit(0)
-        for descriptor in files:
-            os.close(descriptor)
 
 
 def become(request: dict[str, Any]) -> NoReturn:

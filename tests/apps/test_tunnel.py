@@ -257,7 +257,7 @@ async def test_unix_sockets_on_every_side(tunnel: Tunnel) -> None:
         )
         (tunnel.folder / "port").write_text("0")  # there is no port to wait for
         await tunnel.start()
-        await trio_until(lambda: tunnel.says("out: unix"))
+        await trio_until(lambda: tunnel.says("out: listening on unix"))
         assert stat.S_IMODE(outer.stat().st_mode) == 0o600
         assert stat.S_IMODE(tunnel.middle.stat().st_mode) == 0o660
         async with await trio.open_unix_socket(str(outer)) as stream:
@@ -285,7 +285,7 @@ async def test_idle_local_programs_keep_no_other_out(tunnel: Tunnel) -> None:
         )
         (tunnel.folder / "port").write_text("0")  # there is no port to wait for
         await tunnel.start()
-        await trio_until(lambda: tunnel.says("out: unix"))
+        await trio_until(lambda: tunnel.says("out: listening on unix"))
         for _ in range(4):
             await stack.enter_async_context(await trio.open_unix_socket(str(outer)))
         await trio.sleep(1.2)

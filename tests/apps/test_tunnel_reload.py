@@ -61,7 +61,7 @@ async def test_files_that_cannot_be_used_change_nothing(tunnel: Tunnel) -> None:
             connect={"max-connections": 50, "idle-timeout": 600},
         )
         await tunnel.start()
-        await trio_until(lambda: tunnel.says("out: 127.0.0.1"))
+        await trio_until(lambda: tunnel.says("out: listening on 127.0.0.1"))
         living = await tunnel.connect()
         await works(tunnel, living)
         descriptors = tunnel.descriptors()

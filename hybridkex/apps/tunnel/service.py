@@ -101,6 +101,7 @@ class TunnelService:
 
     def _say_ready(self) -> None:
         for tunnel in self._settings.tunnels:
-            where = self._server.where(tunnel.name)
-            LOG.info("%s: %s to %s", tunnel.name, where, tunnel.forward)
+            where = str(self._server.where(tunnel.name))
+            at = "" if where == tunnel.name else f" on {where}"
+            LOG.info("tunnel %s: listening%s, forwarding to %s", tunnel.name, at, tunnel.forward)
         notify("READY=1", f"STATUS={len(self._settings.tunnels)} tunnels")

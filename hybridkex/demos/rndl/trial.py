@@ -28,7 +28,7 @@ from hybridkex.demos.rndl.matrix import (
     Row,
     rows,
 )
-from hybridkex.demos.rndl.now.stage import Stage, Talk
+from hybridkex.demos.rndl.now.stage import Plaintext, Stage
 from hybridkex.errors import RecordingError
 
 _AT_ONCE: Final = 2
@@ -163,31 +163,31 @@ async def run_trial(
     return trial
 
 
-_Said = dict[Path, list[Talk]]
-"""The conversations by recording."""
+_Plaintexts = dict[Path, list[Plaintext]]
+"""The plaintexts by recording."""
 
 
-async def _record(stage: Stage, tell: Tell) -> _Said:
+async def _record(stage: Stage, tell: Tell) -> _Plaintexts:
     """Record every configuration with every delivery that some adversary attacks."""
-    said: _Said = {}
+    said: _Plaintexts = {}
     for configuration in (*CONFIGURATIONS, TOY):
         tell(f"recording: {configuration.title}")
         path = stage.recording(configuration, Delivery.IN_PROCESS)
-        said[path] = await stage.talk(configuration)
+        said[path] = await stage.record(configuration)
     with_qkd = [configuration for configuration in CONFIGURATIONS if configuration.qkd]
     tell("QKD link: making keys")
     async with stage.link() as sources:
         for configuration in with_qkd:
             tell(f"recording: {configuration.title}, keys of the link")
             path = stage.recording(configuration, Delivery.LINK)
-            said[path] = await stage.talk(configuration, Delivery.LINK, sources)
+            said[path] = await stage.record(configuration, Delivery.LINK, sources)
     for delivery in (Delivery.CLASSICAL_HOP, Delivery.HYBRID_HOP):
         async with stage.sites(delivery).running() as sites:
             for configuration in with_qkd:
                 tell(f"recording: {configuration.title}, keys by {delivery.value}")
                 path = stage.recording(configuration, delivery)
                 async with sites.tapped_sources(path) as sources:
-                    said[path] = await stage.talk(configuration, delivery, sources)
+                    said[path] = await stage.record(configuration, delivery, sources)
     return said
 
 
@@ -197,7 +197,7 @@ async def _record(stage: Stage, tell: Tell) -> _Said:
 async def _attack(
     stage: Stage,
     adversaries: Sequence[Adversary],
-    said: _Said,
+    said: _Plaintexts,
     trial: Trial,
     tell: Tell,
     decided: Callable[[Cell], None],
@@ -209,8 +209,8 @@ async def _attack(
         adversary, configuration = adversary_of[line["folder"]], configuration_of[line["case"]]
         tell(f"adversary: {adversary.title}")
         trial.verdicts[configuration.id, adversary.id] = line["verdicts"]
-        talks = said[stage.recording(configuration, adversary.delivery)]
-        for cell in _cells(configuration, adversary, line["verdicts"], talks):
+        plaintexts = said[stage.recording(configuration, adversary.delivery)]
+        for cell in _cells(configuration, adversary, line["verdicts"], plaintexts):
             trial.cells.append(cell)
             decided(cell)
 
@@ -246,17 +246,20 @@ def equip(stage: Stage, adversary: Adversary) -> Path:
 
 
 def _cells(
-    configuration: Configuration, adversary: Adversary, verdicts: list[Any], talks: list[Talk]
+    configuration: Configuration,
+    adversary: Adversary,
+    verdicts: list[Any],
+    plaintexts: list[Plaintext],
 ) -> list[Cell]:
     sessions = [verdict for verdict in verdicts if verdict["capture"] == "session.pcapng"]
     cells = []
-    if len(sessions) != len(talks):
+    if len(sessions) != len(plaintexts):
         raise RecordingError(
             f"an adversary found {len(sessions)} connections of {configuration.title} in the "
-            f"recording of {len(talks)}"
+            f"recording of {len(plaintexts)}"
         )
-    for verdict, talk in zip(sessions, talks, strict=True):
-        row = Row(configuration, talk.resumed)
+    for verdict, plaintext in zip(sessions, plaintexts, strict=True):
+        row = Row(configuration, plaintext.resumed)
         missing = list(verdict["missing"])
         if any(leg["kind"] == "ticket" and leg["how"] is None for leg in verdict["legs"]):
             # The ticket's PSK is derived in the first connection from its secrets.
@@ -269,18 +272,18 @@ def _cells(
                 decrypted=verdict["decrypted"],
                 missing=tuple(missing),
                 plaintext=lines[0] if lines else None,
-                wrong=contradiction(verdict, talk, predicted=adversary.defeats(row)),
+                wrong=contradiction(verdict, plaintext, predicted=adversary.defeats(row)),
             )
         )
     return cells
 
 
-def contradiction(verdict: dict[str, Any], talk: Talk, *, predicted: bool) -> str | None:
+def contradiction(verdict: dict[str, Any], plaintext: Plaintext, *, predicted: bool) -> str | None:
     """The contradiction between a verdict of an adversary's process and the facts, if there is
     one."""
-    if not talk.to_server or not talk.to_client:
-        return "nothing was said in one direction, so that nothing could be read"
-    if verdict["resumed"] != talk.resumed:
+    if not plaintext.to_server or not plaintext.to_client:
+        return "one direction carried no data, so nothing in it could be decrypted"
+    if verdict["resumed"] != plaintext.resumed:
         return "the adversary misidentified the resumed connection"
     if verdict["decrypted"] and verdict["missing"]:
         return f"decrypted WITHOUT {', '.join(verdict['missing'])}: the keys do not depend on it"
@@ -289,8 +292,8 @@ def contradiction(verdict: dict[str, Any], talk: Talk, *, predicted: bool) -> st
             "not decrypted, but should have been" if predicted else "decrypted, but should be safe"
         )
     if verdict["decrypted"] and (
-        verdict["to_server"].encode() != talk.to_server
-        or verdict["to_client"].encode() != talk.to_client
+        verdict["to_server"].encode() != plaintext.to_server
+        or verdict["to_client"].encode() != plaintext.to_client
     ):
         return "the decrypted text differs from what was sent"
     if not verdict["decrypted"] and not verdict["missing"]:
@@ -298,7 +301,7 @@ def contradiction(verdict: dict[str, Any], talk: Talk, *, predicted: bool) -> st
     return None
 
 
-async def _break_toy(stage: Stage, said: _Said, trial: Trial, progress: Tell) -> None:
+async def _break_toy(stage: Stage, said: _Plaintexts, trial: Trial, progress: Tell) -> None:
     recording = stage.recording(TOY, Delivery.IN_PROCESS)
     folder = stage.folder / "adversaries" / TOY.id
     shutil.copytree(recording, folder / TOY.id)

@@ -19,11 +19,11 @@ from hybridkex.cli.rndl import RndlOptions
 from hybridkex.demos.rndl import page, trial
 from hybridkex.demos.rndl.matrix import ADVERSARIES, CONFIGURATIONS, Adversary, Row, rows
 from hybridkex.demos.rndl.now.escrow import ORACLES
-from hybridkex.demos.rndl.now.stage import Talk
+from hybridkex.demos.rndl.now.stage import Plaintext
 from hybridkex.errors import RecordingError
 
 ROOT = Path(__file__).parents[3]
-TALK = Talk(to_server=b"question", to_client=b"answer", resumed=False, session={})
+PLAINTEXT = Plaintext(to_server=b"question", to_client=b"answer", resumed=False, session={})
 READ: dict[str, Any] = {
     "capture": "session.pcapng",
     "decrypted": True,
@@ -118,8 +118,8 @@ def check_predictions() -> None:
 def check_contradictions() -> None:
     """Every way in which a verdict can be wrong, one at a time, and both directions."""
     judge = trial.contradiction
-    assert judge(READ, TALK, predicted=True) is None
-    assert judge(SAFE, TALK, predicted=False) is None
+    assert judge(READ, PLAINTEXT, predicted=True) is None
+    assert judge(SAFE, PLAINTEXT, predicted=False) is None
     for change, predicted in (
         ({}, False),
         ({"missing": ["QKD key"]}, True),
@@ -132,10 +132,10 @@ def check_contradictions() -> None:
         ({"to_client": "answer and more"}, True),
         ({"resumed": True}, True),
     ):
-        assert judge({**READ, **change}, TALK, predicted=predicted), (change, predicted)
-    assert judge(SAFE, TALK, predicted=True)
-    assert judge({**SAFE, "missing": []}, TALK, predicted=False)
-    for silent in (replace(TALK, to_server=b""), replace(TALK, to_client=b"")):
+        assert judge({**READ, **change}, PLAINTEXT, predicted=predicted), (change, predicted)
+    assert judge(SAFE, PLAINTEXT, predicted=True)
+    assert judge({**SAFE, "missing": []}, PLAINTEXT, predicted=False)
+    for silent in (replace(PLAINTEXT, to_server=b""), replace(PLAINTEXT, to_client=b"")):
         same = {"to_server": silent.to_server.decode(), "to_client": silent.to_client.decode()}
         assert judge({**READ, **same}, silent, predicted=True)
 
@@ -146,13 +146,13 @@ def check_cells() -> None:
         for adversary in ADVERSARIES:
             row = Row(configuration, resumed=False)
             for verdict in (READ, SAFE):
-                [cell] = trial._cells(configuration, adversary, [verdict], [TALK])
+                [cell] = trial._cells(configuration, adversary, [verdict], [PLAINTEXT])
                 assert cell.decrypted == verdict["decrypted"]
                 right = verdict["decrypted"] == EXPECTED[row.id, adversary.id]
                 assert (cell.wrong is None) == right, (row.id, adversary.id)
-    for verdicts, talks in (([], [TALK]), ([READ], []), ([READ, READ], [TALK])):
+    for verdicts, plaintexts in (([], [PLAINTEXT]), ([READ], []), ([READ, READ], [PLAINTEXT])):
         with pytest.raises(RecordingError):
-            trial._cells(CONFIGURATIONS[0], ADVERSARIES[0], verdicts, talks)
+            trial._cells(CONFIGURATIONS[0], ADVERSARIES[0], verdicts, plaintexts)
 
 
 def check_belongings(folder: Path) -> None:

@@ -21,7 +21,7 @@ from hybridkex.demos.rndl.later.decrypt import Adversary, Verdict, _open
 from hybridkex.demos.rndl.later.knowledge import Knowledge
 from hybridkex.demos.rndl.later.reading import read_capture
 from hybridkex.demos.rndl.matrix import CONFIGURATIONS, TOY, Configuration, Delivery
-from hybridkex.demos.rndl.now.stage import Stage, Talk
+from hybridkex.demos.rndl.now.stage import Plaintext, Stage
 from hybridkex.errors import RecordingError
 from hybridkex.secret import Secret
 from hybridkex.tls.config import ClientConfig, ServerConfig
@@ -33,32 +33,32 @@ X25519_ONLY, HYBRID, X25519_QKD, ALL_LEGS, PSK_ALONE, FRESH, FRESH_QKD = CONFIGU
 
 def recorded(
     folder: Path, configuration: Configuration, **client_options: Any
-) -> tuple[Stage, Path, list[Talk]]:
+) -> tuple[Stage, Path, list[Plaintext]]:
     stage = Stage(folder / "stage")
-    talks = trio.run(partial(stage.talk, configuration, **client_options))
-    return stage, stage.recording(configuration, Delivery.IN_PROCESS), talks
+    plaintexts = trio.run(partial(stage.record, configuration, **client_options))
+    return stage, stage.recording(configuration, Delivery.IN_PROCESS), plaintexts
 
 
-def read_as_said(verdicts: list[Verdict], talks: list[Talk]) -> None:
-    for verdict, talk in zip(verdicts, talks, strict=True):
+def read_as_said(verdicts: list[Verdict], plaintexts: list[Plaintext]) -> None:
+    for verdict, plaintext in zip(verdicts, plaintexts, strict=True):
         assert verdict.missing == ()
         assert verdict.decrypted
-        assert (verdict.to_server, verdict.to_client) == (talk.to_server, talk.to_client)
-        assert verdict.resumed == talk.resumed
-        assert verdict.connection.suite.name == talk.session["cipher_suite"]
+        assert (verdict.to_server, verdict.to_client) == (plaintext.to_server, plaintext.to_client)
+        assert verdict.resumed == plaintext.resumed
+        assert verdict.connection.suite.name == plaintext.session["cipher_suite"]
 
 
 @pytest.mark.parametrize("suite", ALL_SUITES, ids=str)
 def test_every_suite(suite: CipherSuite, tmp_path: Path) -> None:
-    stage, capture, talks = recorded(tmp_path, HYBRID, suites=(suite,))
-    read_as_said(attack(capture, stage, "ecdh", "ml-kem"), talks)
+    stage, capture, plaintexts = recorded(tmp_path, HYBRID, suites=(suite,))
+    read_as_said(attack(capture, stage, "ecdh", "ml-kem"), plaintexts)
 
 
 @pytest.mark.parametrize("group", ALL_GROUPS, ids=str)
 def test_every_group(group: Group, tmp_path: Path) -> None:
     configuration = Configuration(id="any", title=group.name, group=group)
-    stage, capture, talks = recorded(tmp_path, configuration)
-    read_as_said(attack(capture, stage, *configuration.primitives), talks)
+    stage, capture, plaintexts = recorded(tmp_path, configuration)
+    read_as_said(attack(capture, stage, *configuration.primitives), plaintexts)
     for primitive in configuration.primitives:
         others = configuration.primitives - {primitive}
         assert not any(verdict.decrypted for verdict in attack(capture, stage, *others))
@@ -69,9 +69,9 @@ def test_every_secret_of_a_key_update_is_that_of_the_parties(
     suite: CipherSuite, tmp_path: Path
 ) -> None:
     """Two programs derive the same: the adversary from the wire, the parties' into a key log."""
-    stage, capture, talks = recorded(tmp_path, FRESH, suites=(suite,))
+    stage, capture, plaintexts = recorded(tmp_path, FRESH, suites=(suite,))
     verdicts = attack(capture, stage, "ecdh", "ml-kem")
-    read_as_said(verdicts, talks)
+    read_as_said(verdicts, plaintexts)
     [connection] = connections(capture)
     adversary = Adversary(Knowledge.from_folder(stage.folder))
     [start] = list(adversary._starts(connection, verdicts[0].legs[:2], None))
@@ -102,9 +102,9 @@ def test_a_qkd_key_of_a_key_update_cannot_be_left_out(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("configuration", [X25519_ONLY, HYBRID], ids=lambda one: one.id)
 def test_hello_retry_request(configuration: Configuration, tmp_path: Path) -> None:
-    stage, capture, talks = recorded(tmp_path, configuration, key_shares=0)
+    stage, capture, plaintexts = recorded(tmp_path, configuration, key_shares=0)
     verdicts = attack(capture, stage, "ecdh", "ml-kem")
-    read_as_said(verdicts, talks)
+    read_as_said(verdicts, plaintexts)
     for verdict in verdicts:
         assert verdict.connection.retried
         assert "HelloRetryRequest" in [event.what for event in verdict.events]
@@ -112,12 +112,12 @@ def test_hello_retry_request(configuration: Configuration, tmp_path: Path) -> No
 
 def test_hello_retry_request_with_a_qkd_key(tmp_path: Path) -> None:
     """The binder of the second ClientHello covers the first, too."""
-    stage, capture, talks = recorded(tmp_path, ALL_LEGS, key_shares=0, connections=1)
+    stage, capture, plaintexts = recorded(tmp_path, ALL_LEGS, key_shares=0, connections=1)
     (verdict,) = attack(capture, stage, "ecdh", "ml-kem")
     assert verdict.connection.retried
     assert not verdict.decrypted
     (missing,) = verdict.missing
-    assert missing == f"QKD key {talks[0].session['qkd_key_ids'][0]}"  # type: ignore[index]
+    assert missing == f"QKD key {plaintexts[0].session['qkd_key_ids'][0]}"  # type: ignore[index]
 
 
 def test_an_oracle_answers_to_the_share_on_the_wire_and_to_nothing_else(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def connections(capture: Path) -> list[Any]:
 
 
 def test_a_capture_that_ends_early_is_read_to_its_end(tmp_path: Path) -> None:
-    stage, capture, talks = recorded(tmp_path, HYBRID, connections=1)
+    stage, capture, plaintexts = recorded(tmp_path, HYBRID, connections=1)
     packets = list(read_pcapng(capture / "session.pcapng"))
     lengths = set()
     for count in range(len(packets) + 1):
@@ -158,15 +158,15 @@ def test_a_capture_that_ends_early_is_read_to_its_end(tmp_path: Path) -> None:
             for packet in packets[:count]:
                 writer.packet(int(packet.time * 1e9), packet.data)
         for verdict in attack(cut, stage, "ecdh", "ml-kem"):
-            assert talks[0].to_server.startswith(verdict.to_server)
-            assert talks[0].to_client.startswith(verdict.to_client)
+            assert plaintexts[0].to_server.startswith(verdict.to_server)
+            assert plaintexts[0].to_client.startswith(verdict.to_client)
             lengths.add(len(verdict.to_server + verdict.to_client))
     assert len(lengths) == 5, "nothing, and then one line more at a time"
 
 
 def test_a_resumed_connection_alone(tmp_path: Path) -> None:
     """Without the recording of the first one there is no ticket, unless its key was stolen."""
-    stage, capture, talks = recorded(tmp_path, HYBRID)
+    stage, capture, plaintexts = recorded(tmp_path, HYBRID)
     second = connections(capture)[1]
     thief = tmp_path / "thief"
     shutil.copytree(stage.folder / "oracle", thief / "oracle")
@@ -176,15 +176,15 @@ def test_a_resumed_connection_alone(tmp_path: Path) -> None:
     (thief / "stolen").mkdir()
     shutil.copy(stage.folder / "stolen/ticket-keys.jsonl", thief / "stolen")
     (verdict,) = Adversary(Knowledge.from_folder(thief)).attack([second])
-    read_as_said([verdict], talks[1:])
+    read_as_said([verdict], plaintexts[1:])
 
 
 def test_the_toy_curve_needs_no_oracle(tmp_path: Path) -> None:
-    stage, capture, talks = recorded(tmp_path, TOY, connections=1)
+    stage, capture, plaintexts = recorded(tmp_path, TOY, connections=1)
     assert not any(
         path.read_text() for path in (stage.folder / "oracle").iterdir() if "ecdh" in path.name
     )
-    read_as_said(attack(capture, stage), talks)
+    read_as_said(attack(capture, stage), plaintexts)
 
 
 # --- external PSKs, and keys that cross a wire in the clear ---------------------------------------
@@ -271,8 +271,8 @@ def test_other_traffic_is_no_connection(tmp_path: Path) -> None:
 
 def test_damaged_recordings_break_nothing(tmp_path: Path) -> None:
     """Bytes changed anywhere above TCP: less is read, or nothing; never another error."""
-    stage, capture, talks = recorded(tmp_path, HYBRID, key_shares=0)
-    said = [(talk.to_server, talk.to_client) for talk in talks]
+    stage, capture, plaintexts = recorded(tmp_path, HYBRID, key_shares=0)
+    said = [(plaintext.to_server, plaintext.to_client) for plaintext in plaintexts]
     packets = list(read_pcapng(capture / "session.pcapng"))
     rng, outcomes = random.Random(1), set()
     (tmp_path / "damaged").mkdir()

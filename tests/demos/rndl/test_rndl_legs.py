@@ -19,7 +19,7 @@ X25519_ONLY, HYBRID, X25519_QKD, ALL_LEGS, PSK_ALONE, _, _ = CONFIGURATIONS
 
 def decrypted(folder: Path, configuration: Configuration, *oracles: str) -> list[bool]:
     stage = Stage(folder / "stage")
-    trio.run(partial(stage.talk, configuration))
+    trio.run(partial(stage.record, configuration))
     case = stage.recording(configuration, Delivery.IN_PROCESS)
     verdicts = attack(case, stage, *oracles)
     return [verdict.decrypted for verdict in verdicts]

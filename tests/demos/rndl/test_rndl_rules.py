@@ -42,30 +42,32 @@ DEFEATS = Adversary.defeats
 EQUIP = trial.equip
 
 
-def one_direction(verdict: dict[str, Any], talk: Any, *, predicted: bool, other: str) -> Any:
+def one_direction(verdict: dict[str, Any], plaintext: Any, *, predicted: bool, other: str) -> Any:
     """A reader that compares one direction only."""
-    return JUDGE({**verdict, other: getattr(talk, other).decode()}, talk, predicted=predicted)
+    return JUDGE(
+        {**verdict, other: getattr(plaintext, other).decode()}, plaintext, predicted=predicted
+    )
 
 
 def without(reason: str) -> Callable[..., str | None]:
     """A judge that overlooks one kind of contradiction."""
 
-    def judge(verdict: dict[str, Any], talk: Any, *, predicted: bool) -> str | None:
-        found = JUDGE(verdict, talk, predicted=predicted)
+    def judge(verdict: dict[str, Any], plaintext: Any, *, predicted: bool) -> str | None:
+        found = JUDGE(verdict, plaintext, predicted=predicted)
         return None if found is not None and reason in found else found
 
     return judge
 
 
-def measured(verdict: dict[str, Any], talk: Any, *, predicted: bool) -> str | None:
+def measured(verdict: dict[str, Any], plaintext: Any, *, predicted: bool) -> str | None:
     """The prediction is taken from the measurement."""
-    return JUDGE(verdict, talk, predicted=verdict["decrypted"])
+    return JUDGE(verdict, plaintext, predicted=verdict["decrypted"])
 
 
-def zipped(configuration: Any, adversary: Any, verdicts: Any, talks: Any) -> Any:
+def zipped(configuration: Any, adversary: Any, verdicts: Any, plaintexts: Any) -> Any:
     """Connections that do not have a partner are dropped."""
-    fewest = min(len(verdicts), len(talks))
-    return CELLS(configuration, adversary, verdicts[:fewest], talks[:fewest])
+    fewest = min(len(verdicts), len(plaintexts))
+    return CELLS(configuration, adversary, verdicts[:fewest], plaintexts[:fewest])
 
 
 CELLS = trial._cells
@@ -99,7 +101,7 @@ MUTANTS: dict[str, tuple[object, str, Any]] = {
     "an adversary that lacks nothing and fails is overlooked": (
         trial, "contradiction", without("no secret was missing")),
     "a mistaken resumption is overlooked": (trial, "contradiction", without("resumed")),
-    "silence is overlooked": (trial, "contradiction", without("nothing was said")),
+    "silence is overlooked": (trial, "contradiction", without("carried no data")),
     "connections without a verdict are dropped": (trial, "_cells", zipped),
     "every recording is predicted to be safe": (Adversary, "defeats", always(False)),
     "every recording is predicted to fall": (Adversary, "defeats", always(True)),

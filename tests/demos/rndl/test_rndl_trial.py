@@ -7,7 +7,7 @@ import pytest
 from rndl_glue import ADVERSARIES, EXPECTED, Report
 
 from hybridkex.cli import main
-from hybridkex.demos.rndl.now.stage import Talk
+from hybridkex.demos.rndl.now.stage import Plaintext
 from hybridkex.demos.rndl.trial import contradiction
 
 
@@ -236,7 +236,7 @@ def test_bad_options_end_at_once_with_a_sentence(
 
 def test_a_contradiction_is_said() -> None:
     """The command fails on a leg that does not count, on a lie, and on a cell that differs."""
-    talk = Talk(to_server=b"question", to_client=b"answer", resumed=False, session={})
+    plaintext = Plaintext(to_server=b"question", to_client=b"answer", resumed=False, session={})
     read = {
         "decrypted": True,
         "missing": [],
@@ -245,8 +245,8 @@ def test_a_contradiction_is_said() -> None:
         "to_client": "answer",
     }
     safe = {**read, "decrypted": False, "missing": ["X25519"], "to_server": "", "to_client": ""}
-    assert contradiction(read, talk, predicted=True) is None
-    assert contradiction(safe, talk, predicted=False) is None
+    assert contradiction(read, plaintext, predicted=True) is None
+    assert contradiction(safe, plaintext, predicted=False) is None
     for verdict, predicted, complaint in (
         ({**read, "missing": ["QKD key"]}, False, "decrypted WITHOUT QKD key"),
         ({**read, "missing": ["QKD key"]}, True, "decrypted WITHOUT QKD key"),
@@ -256,4 +256,4 @@ def test_a_contradiction_is_said() -> None:
         ({**safe, "missing": []}, False, "no secret was missing"),
         ({**read, "resumed": True}, True, "misidentified the resumed connection"),
     ):
-        assert complaint in (contradiction(verdict, talk, predicted=predicted) or "")
+        assert complaint in (contradiction(verdict, plaintext, predicted=predicted) or "")

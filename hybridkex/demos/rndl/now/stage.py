@@ -44,7 +44,7 @@ _FRESH: Final = Policy(post_quantum=Requirement.PREFER, fresh_keys=Requirement.R
 
 
 @dataclass(frozen=True, kw_only=True)
-class Talk:
+class Plaintext:
     """The actual plaintext of one connection; the adversary never sees this."""
 
     to_server: bytes
@@ -98,7 +98,7 @@ class Stage:
         folder.mkdir(exist_ok=True)
         return folder
 
-    async def talk(
+    async def record(
         self,
         configuration: Configuration,
         delivery: Delivery = Delivery.IN_PROCESS,
@@ -106,10 +106,10 @@ class Stage:
         *,
         connections: int | None = None,
         **client_options: Any,
-    ) -> list[Talk]:
-        """Record connections, of which each resumes the one before it.
+    ) -> list[Plaintext]:
+        """Record ``connections`` connections, each of which resumes the one before it.
 
-        ``connections``: how many; ``None``: two, or one where nothing can be resumed.
+        The default is two, or one if the configuration allows no resumption.
         """
         if connections is None:
             connections = 1 if configuration.fresh or not configuration.escrowed else 2
@@ -141,21 +141,21 @@ class Stage:
                 key_log=log_key,
                 **client_options,
             )
-            return await self._talk(configuration, folder, client, server, connections)
+            return await self._run_connections(configuration, folder, client, server, connections)
 
     def _group(self, configuration: Configuration) -> Group:
         group = configuration.group
         return self.escrow.instrumented(group) if configuration.escrowed else group
 
-    async def _talk(
+    async def _run_connections(
         self,
         configuration: Configuration,
         folder: Path,
         client: ClientConfig,
         server: ServerConfig,
         connections: int,
-    ) -> list[Talk]:
-        talks = []
+    ) -> list[Plaintext]:
+        plaintexts = []
         async with trio.open_nursery() as nursery:
             listeners = await nursery.start(
                 partial(serve_secure_tcp, _answer, 0, server, host=_LOOPBACK)
@@ -167,9 +167,9 @@ class Stage:
                     stream = await open_secure_tcp_stream(
                         host, port, client, server_hostname="localhost"
                     )
-                    talks.append(await _converse(stream, secret, self._steal))
+                    plaintexts.append(await _run_client(stream, secret, self._steal))
             nursery.cancel_scope.cancel()
-        return talks
+        return plaintexts
 
     def _steal(self, stream: SecureStream[trio.SocketStream]) -> None:
         """Copy all secrets of a session, as they are at this moment, for the thief."""
@@ -201,16 +201,16 @@ class Stage:
         return TicketIssuer(first_key=(Secret(key), name))
 
 
-# --- what is said -----------------------------------------------------------------------------
+# --- the two ends -----------------------------------------------------------------------------
 
 
-async def _converse(
+async def _run_client(
     stream: SecureStream[trio.SocketStream],
     secret: str,
     steal: Callable[[SecureStream[trio.SocketStream]], None],
-) -> Talk:
-    """The client's part: two messages; in between, the session's secrets are copied and its keys
-    updated."""
+) -> Plaintext:
+    """Send two messages as the client; in between, copy the session's secrets and update its
+    keys."""
     said, heard = bytearray(), bytearray()
 
     async def say(line: str) -> None:
@@ -231,7 +231,7 @@ async def _converse(
         if await stream.receive_some():
             raise trio.BrokenResourceError("the server sent more than expected")
         session = stream.session
-    return Talk(
+    return Plaintext(
         to_server=bytes(said),
         to_client=bytes(heard),
         resumed=session.resumed,
@@ -240,7 +240,7 @@ async def _converse(
 
 
 async def _answer(stream: SecureStream[trio.SocketStream]) -> None:
-    """The server's part: an answer to each message."""
+    """Answer each message as the server."""
     async with stream:
         while question := await _line(stream):
             answer = f"Bob to Alice: {len(question)} bytes received, {secrets.token_hex(8)}\n"
@@ -248,7 +248,7 @@ async def _answer(stream: SecureStream[trio.SocketStream]) -> None:
 
 
 async def _line(stream: SecureStream[trio.SocketStream]) -> bytes:
-    """Read up to the end of the line or of the stream."""
+    """Read to the end of the line or of the stream."""
     line = bytearray()
     while not line.endswith(b"\n") and (data := await stream.receive_some()):
         line += data

@@ -160,14 +160,24 @@ def check_members(name: str, value: Any, base: type, members: Iterable[str] | No
 
 
 def _missing(value: Any, base: type, members: Iterable[str] | None = None) -> list[str]:
+    found = ((one, _fault(value, base, one)) for one in members or _members(base))
+    return [one + fault for one, fault in found if fault is not None]
+
+
+def _fault(value: Any, base: type, name: str) -> str | None:
+    """What the member of this name should be, where it is not: empty for a missing member."""
+    wanted = getattr_static(base, name, base)
     # A class has the methods of its instances.
-    return [
-        one
-        for one in members or _members(base)
-        if isinstance(value, type)
-        or not hasattr(value, one)
-        or getattr_static(type(value), one, value) is getattr_static(base, one, base)
-    ]
+    if isinstance(value, type) or not hasattr(value, name):
+        return ""
+    if getattr_static(type(value), name, value) is wanted:
+        return ""
+    given = getattr(value, name)
+    if inspect.isfunction(wanted) and not callable(given):
+        return " (a method)"
+    if inspect.iscoroutinefunction(given) and not inspect.iscoroutinefunction(wanted):
+        return " (a method that is not async)"
+    return None
 
 
 @cache

@@ -252,8 +252,13 @@ class _Config:
             codec = () if len(vars(one)) == len(one.layout) else ("read", "body")
             needed = (*self._extension_members, *codec)
             check_members("extensions", one, ApplicationExtension, needed)
-            if not (isinstance(one.type, int) and 0 <= one.type <= 0xFFFF):
+            if type(one.type) is bool or one.type not in range(1 << 16):
                 raise ConfigError(f"{type(one).__name__}: the type of an extension is 0 to 65535")
+            if one.messages != ApplicationExtension.messages:
+                raise ConfigError(
+                    f"{type(one).__name__}: an extension of the application is sent in ClientHello "
+                    "and EncryptedExtensions only; leave messages as they are"
+                )
         types = [one.type for one in self.extensions]
         if len(set(types)) != len(types):
             raise ConfigError("two extensions have the same type")
@@ -499,7 +504,12 @@ class ClientConfig(_Config):
             for psk in self.psks
         )
         names = sum(1 + len(name.encode("utf-8")) for name in self.alpn)
-        names += sum(4 + len(one.body()) for one in self.extensions)
+        for one in self.extensions:
+            if not isinstance(body := one.body(), bytes):
+                raise ConfigError(
+                    f"{type(one).__name__}: body returns {described(body)}, not bytes"
+                )
+            names += 4 + len(body)
         return MAX_OFFER - max(shares, largest) - psks - names
 
     @cached_property

@@ -4,12 +4,15 @@ One test for every place that takes an object by a protocol: verifier, PSK sourc
 source, key exchange, authentication, error correction; and for TLS extensions.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, make_dataclass, replace
 from functools import partial
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
+from tls_glue import Pair
 
 from hybridkex import (
     ApplicationExtension,
@@ -43,6 +46,7 @@ from hybridkex.tls.fresh_keys import FreshKeys, UpdateKeySource
 from hybridkex.tls.one_time_pad import OneTimePad, PadSource
 from hybridkex.tls.session import TicketStore
 from hybridkex.wire.codec import Reader
+from hybridkex.wire.extensions import CH, CR, EE, NST
 
 RAW = RawIdentity.generate()
 PINS = Pins(frozenset((RAW.pin,)))
@@ -191,7 +195,46 @@ def test_an_extension_without_an_answer() -> None:
         server(extensions=(without("answer", "type", "read"),))
 
 
-@pytest.mark.parametrize("type_", [-1, 0x10000, "x", None])
+@pytest.mark.parametrize(
+    ("name", "value", "fault"),
+    [
+        ("answer", None, "answer (a method)"),
+        ("answer", b"", "answer (a method)"),
+        ("body", b"x", "body (a method)"),
+        ("answer", AsyncMock(), "answer (a method that is not async)"),
+        ("body", AsyncMock(), "body (a method that is not async)"),
+    ],
+)
+def test_a_member_of_another_kind(name: str, value: Any, fault: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"Mine that lacks {fault}") + "$"):
+        server(extensions=(type("Mine", (Whole,), {name: value})(),))
+
+
+@pytest.mark.parametrize("messages", [(), (CH,), (EE,), (EE, CH), (CH, EE, CR), (NST,)])
+def test_an_extension_in_other_messages(messages: Any) -> None:
+    """The engine sends those of the application in two messages only."""
+    for side in (client, server):
+        with pytest.raises(ConfigError, match="in ClientHello and EncryptedExtensions only"):
+            side(extensions=(type("Mine", (Whole,), {"messages": messages})(),))
+
+
+@pytest.mark.parametrize("body", [None, "text", 5, [b""]])
+def test_a_body_that_is_not_bytes(body: Any) -> None:
+    with pytest.raises(ConfigError, match=r"Mine: body returns .+, not bytes"):
+        client(extensions=(type("Mine", (Whole,), {"body": lambda _: body})(),))
+
+
+@pytest.mark.parametrize("answer", [True, b"", object()])
+def test_an_answer_that_is_no_extension(answer: Any) -> None:
+    """The server's program hears of it, and the client gets an alert."""
+    faulty = type("Mine", (Whole,), {"answer": lambda *_: answer})()
+    pair = Pair.make(client(extensions=(Whole(),)), server(extensions=(faulty,)))
+    pair.client.start()
+    with pytest.raises(ConfigError, match="answer of Mine takes an Extension"):
+        pair.pump()
+
+
+@pytest.mark.parametrize("type_", [-1, 0x10000, "x", None, True, 1.5])
 def test_the_type_of_an_extension(type_: Any) -> None:
     with pytest.raises(ConfigError, match="0 to 65535"):
         client(extensions=(type("Mine", (Whole,), {"type": type_})(),))

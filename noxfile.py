@@ -71,6 +71,8 @@ def wheel(session: nox.Session) -> None:
     """Build the wheel and the source distribution, check them, and use the wheel by itself."""
     session.install("build", "twine")
     folder = Path(session.create_tmp())
+    for earlier in folder.iterdir():
+        earlier.unlink()
     session.run("python", "-m", "build", "--outdir", str(folder), ".")
     session.run("twine", "check", "--strict", *map(str, folder.iterdir()))
     session.install("--force-reinstall", *map(str, folder.glob("*.whl")))

@@ -90,8 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument(
             "--port",
             type=int,
-            default=_PORT,
-            help=f"0 picks a free one (default: {_PORT})",
+            help=f"where we listen; 0 picks a free one (default: {_PORT})",
         )
         one.add_argument(
             "--store",
@@ -139,6 +138,12 @@ def _check(args: argparse.Namespace) -> None:
         raise ChatError("--queue, --most and --away are positive")
     if args.mode == "client":
         check_name("room", args.room)
+    if args.mode == "pair":
+        listener, connector = ("port", "store", "store_key"), ("server_name",)
+        for name in listener if args.address else connector:
+            if getattr(args, name) is not None:
+                side = "listens; to connect, write HOST:PORT" if args.address else "connects"
+                raise ChatError(f"--{name.replace('_', '-')} is for the side that {side}")
     by_certificate = args.key and (args.ca or args.pin or args.known_peers)
     by_psk = (args.psk or args.kme or args.key_pool) and args.requirement not in ("prefer", "off")
     if not (by_certificate or by_psk):
@@ -194,7 +199,12 @@ async def _listen(
             streams.remove(stream)
 
     serve = partial(
-        serve_secure_tcp, handle, args.port, config, host=args.bind, max_connections=_CONNECTIONS
+        serve_secure_tcp,
+        handle,
+        _PORT if args.port is None else args.port,
+        config,
+        host=args.bind,
+        max_connections=_CONNECTIONS,
     )
     async with trio.open_nursery() as nursery:
         listeners = await nursery.start(serve)

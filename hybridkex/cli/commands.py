@@ -2,7 +2,7 @@
 
 import argparse
 import importlib
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
 
 from hybridkex.text import printable
 
@@ -26,6 +26,13 @@ COMMANDS: Final = {
 
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line that points to ``--help``."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """An option that a subcommand lacks is its error: its help lists those that it has."""
+        found, rest = super().parse_known_args(args, namespace)
+        if rest:
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        return found, rest
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2, as usual for wrong usage."""

@@ -442,19 +442,19 @@ def check_unused(path: Path | str) -> None:
     try:
         os.stat(path)
         marker = _marker(path)
-        with contextlib.suppress(FileNotFoundError):
-            os.lstat(marker)
-            raise ConfigError(
-                f"keys of {path} were made before, or begun, as {marker.name} beside it says, and "
-                "the keys of two runs are not secret together: record new detections; remove that "
-                "file only if it is of other detections"
-            )
-        try_writing(marker, b"a trial\n")
+        if not (marked := os.path.lexists(marker)):
+            try_writing(marker, b"a trial\n")
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links that form a ring
         raise ConfigError(
-            f"the file that marks the detections in {path} as used cannot be made beside them: "
-            f"{reason(error)}; move the detections to a folder of yours"
+            f"the file that marks the detections in {path} as used cannot be created beside them: "
+            f"{reason(error)}; move the detections to a folder that you can write to"
         ) from None
+    if marked:
+        raise ConfigError(
+            f"the detections in {path} have been used, as {marker.name} beside them says; keys of "
+            "two runs would not be secret: record new detections. Remove that file only if it "
+            "belongs to other detections"
+        )
 
 
 def mark_used(*paths: Path | str) -> None:
@@ -473,7 +473,7 @@ def mark_used(*paths: Path | str) -> None:
             except (OSError, ValueError, RuntimeError) as error:
                 raise LinkError(
                     f"the detections in {path} are not used, because the file that marks them as "
-                    f"used cannot be made beside them: {reason(error)}"
+                    f"used cannot be created beside them: {reason(error)}"
                 ) from None
             undo.callback(marker.unlink)
         undo.pop_all()

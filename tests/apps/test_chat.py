@@ -28,6 +28,7 @@ from apps_glue import Kmes, Process, descriptors, small_disk
 from forked import Forkserver
 from waiting import PATIENCE, trio_until
 
+import examples.chat.__main__ as chat
 from examples.chat.client import Client
 from examples.chat.hub import Hub, _Member
 from examples.chat.protocol import (
@@ -380,6 +381,23 @@ def test_a_one_time_pad_that_is_used_up(processes: Processes, kmes: Kmes, tmp_pa
     type_in(alice, "/quit")
     assert alice.wait(WITHIN) == 0
     server.terminate()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("localhost", "--port", "4502"), "--port is for the side that listens"),
+        (("localhost:1", "--store", "x"), "--store is for the side that listens"),
+        (("localhost", "--store-key", "x"), "--store-key is for the side that listens"),
+        (("--server-name", "bob"), "--server-name is for the side that connects"),
+    ],
+)
+def test_options_of_the_other_side(
+    words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    psk = ["--psk", "room:" + "5a" * 32]
+    assert chat.main(["pair", *words, "--nick", "alice", *psk]) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_a_psk(processes: Processes) -> None:

@@ -167,7 +167,7 @@ def test_two_commands_at_once_do_not_both_make_keys(
     monkeypatch.setattr(qkd_data, "distil", slow)
     keys = tmp_path / "keys"
     assert main(["qkd", "distil", *files, "--keys", str(keys)]) == 1
-    assert "cannot be made beside them: File exists" in capsys.readouterr().out
+    assert "cannot be created beside them: File exists" in capsys.readouterr().out
     assert not keys.exists()
 
 
@@ -215,7 +215,7 @@ def test_files_are_marked_together_or_not_at_all(files: list[str], tmp_path: Pat
     with pytest.raises(ConfigError, match="No such file"):
         check_unused(tmp_path / "none.npz")
     for one in ("ring", "a\0"):
-        with pytest.raises(ConfigError, match="cannot be made"):
+        with pytest.raises(ConfigError, match="cannot be created"):
             check_unused(tmp_path / one)
 
 

@@ -28,6 +28,7 @@ STARTS: Final = (
 """What starts a thread; ``threading`` has the first from Python 3.13 on, and the second before."""
 IMPORTED: Final = (
     *(f"hybridkex.cli.actions.{name}" for name in ("kme", "listen", "receive", "tunnel", "wg_psk")),
+    "hybridkex.kme.link_feed",
     "examples.chat.__main__",
 )
 """What the processes would import."""

@@ -10,18 +10,24 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["hybridkex", "examples"]):
-    from interop.fuzz import targets
-    from interop.fuzz.seeds import CORPUS
+PACKAGES = ["hybridkex", "examples"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m interop.fuzz")
-    parser.add_argument("target", choices=[*targets.TARGETS, "everything"])
+    parser.add_argument("target", help='one of interop.fuzz.targets, or "everything"')
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--corpus", type=Path, help="where new inputs are kept")
     parser.add_argument("--memory", type=int, default=1024, help="megabytes, at most")
+    parser.add_argument(
+        "--instrument", nargs="+", default=PACKAGES, help="packages whose coverage is a guide"
+    )
     args = parser.parse_args()
+    with atheris.instrument_imports(include=args.instrument):
+        from interop.fuzz import targets  # noqa: PLC0415
+        from interop.fuzz.seeds import CORPUS  # noqa: PLC0415
+    if args.target not in {*targets.TARGETS, "everything"}:
+        parser.error(f"the targets are {', '.join(targets.TARGETS)} and everything")
     options = [sys.argv[0], f"-max_total_time={args.seconds}", f"-rss_limit_mb={args.memory}"]
     options += ["-timeout=10", "-max_len=20000", "-print_final_stats=1", "-verbosity=1"]
     target = targets.TARGETS.get(args.target, targets.everything)

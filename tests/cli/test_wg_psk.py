@@ -2,25 +2,25 @@
 
 import contextlib
 import json
+import os
 import re
 import signal
 import socket
 import stat
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from apps_glue import Process
+from forked import Forkserver
 from waiting import until
 
 from hybridkex.auth import RawIdentity
 from hybridkex.cli import main
 from hybridkex.qkd.store import write_key_file
 
-COMMAND = (sys.executable, "-m", "hybridkex", "wg-psk")
 KEY = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8="
-Start = Callable[..., "subprocess.Popen[str]"]
+Start = Callable[..., "End"]
 WG = """#!/bin/sh
 if [ "$1" = show ]; then
     printf '%s\\t%s\\n' {key} "$(cat {folder}/psk 2>/dev/null || echo '(none)')"
@@ -32,34 +32,42 @@ echo "$@" "$psk" >> {folder}/log
 """
 
 
+class End(Process):
+    """One end of the tunnel, whose lines of standard output are read as they come."""
+
+    def __init__(self, forkserver: Forkserver, *words: str) -> None:
+        reading, writing = os.pipe()
+        self.stdout = os.fdopen(reading)
+        with os.fdopen(writing, "wb") as out, Path(os.devnull).open("rb") as nothing:
+            super().__init__(forkserver.start("wg-psk", *words, stdin=nothing, stdout=out))
+
+    def communicate(self, timeout: float = 20) -> tuple[str, str]:
+        _, told = super().communicate(timeout)
+        with self.stdout:
+            return self.stdout.read(), told
+
+
 @pytest.fixture
-def side(tmp_path: Path) -> Iterator[Start]:
+def side(tmp_path: Path, forkserver: Forkserver) -> Iterator[Start]:
     """Starts one end of the tunnel; all that were started end with the test."""
     running = []
 
-    def start(name: str, peer: str, *words: str) -> "subprocess.Popen[str]":
+    def start(name: str, peer: str, *words: str) -> End:
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
         command = folder / "wg"
         command.write_text(WG.format(key=KEY, folder=folder))
         command.chmod(command.stat().st_mode | stat.S_IXUSR)
-        process = subprocess.Popen(
-            [
-                *(*COMMAND, "--interface", "wg0", "--peer-key", KEY, "--wg", str(command)),
-                *("--local", name, "--peer", peer, *words),
-            ],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        fixed = ("--interface", "wg0", "--peer-key", KEY, "--wg", str(command))
+        process = End(forkserver, *fixed, "--local", name, "--peer", peer, *words)
         running.append(process)
         return process
 
     yield start
     for process in running:
         process.kill()
-        process.communicate(timeout=20)
+        process.wait()
+        process.stdout.close()
 
 
 def keys(folder: Path) -> list[str]:
@@ -102,7 +110,7 @@ def test_the_key_is_rotated_with_pinned_keys(tmp_path: Path, side: Start) -> Non
     # The responder is gone: the initiator says why, stops the tunnel, and goes on trying.
     b.kill()
     b.communicate(timeout=20)
-    events = (json.loads(line) for line in a.stdout or ())
+    events = (json.loads(line) for line in a.stdout)
     assert next(one for one in events if one["event"] != "rotated")["event"] == "stopped"
     stopped = keys(tmp_path / "a")[-1]
     assert stopped not in keys(tmp_path / "b")
@@ -121,7 +129,6 @@ def test_a_tunnel_that_shall_go_on_without_a_fresh_key(tmp_path: Path, side: Sta
     """--fresh-psk prefer: what is there stays, and the log says that it is nothing."""
     words = ("--interval", "0.1", "--max-age", "0.3", "--fresh-psk", "prefer", "--json")
     a = side("a", "b", "--connect", "127.0.0.1:1", *words, *trust(tmp_path)["a"])
-    assert a.stdout is not None
     assert json.loads(a.stdout.readline())["event"] == "overdue"
     assert a.poll() is None
     a.terminate()

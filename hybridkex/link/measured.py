@@ -442,19 +442,21 @@ def check_unused(path: Path | str) -> None:
     try:
         os.stat(path)
         marker = _marker(path)
-        if not (marked := os.path.lexists(marker)):
+        try:
+            os.lstat(marker)
+        except FileNotFoundError:
             try_writing(marker, b"a trial\n")
+            return
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links that form a ring
         raise ConfigError(
             f"the file that marks the detections in {path} as used cannot be created beside them: "
             f"{reason(error)}; move the detections to a folder that you can write to"
         ) from None
-    if marked:
-        raise ConfigError(
-            f"the detections in {path} have been used, as {marker.name} beside them says; keys of "
-            "two runs would not be secret: record new detections. Remove that file only if it "
-            "belongs to other detections"
-        )
+    raise ConfigError(
+        f"the detections in {path} have been used, as {marker.name} beside them says, and a second "
+        "run would disclose more about the same keys: record new detections. Remove that file only "
+        "if it belongs to other detections"
+    )
 
 
 def mark_used(*paths: Path | str) -> None:

@@ -314,7 +314,7 @@ def test_two_ends_distil_over_tcp_whoever_else_connects(tmp_path: Path, listens:
     assert outs["alice"]["epsilon"]["conditional"]
     assert (tmp_path / "alice.keys").read_text() == (tmp_path / "bob.keys").read_text()
     for who in ends:  # a second run is refused at each end, alone and with the other
-        with pytest.raises(ConfigError, match=rf"{who}\.npz were made before"):
+        with pytest.raises(ConfigError, match=rf"{who}\.npz have been used"):
             check_unused(tmp_path / f"{who}.npz")
 
 

@@ -146,7 +146,8 @@ def test_files_give_keys_once(
         assert main(again) == 1
         told = capsys.readouterr().err
         assert told.count("\n") == 1
-        assert ".npz were made before, or begun" in told
+        assert ".npz have been used, as " in told
+        assert "cannot be" not in told
     assert not (tmp_path / "more").exists()
     assert main(command) == 0
     assert json.loads(capsys.readouterr().out)["keys"]

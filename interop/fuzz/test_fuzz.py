@@ -41,7 +41,7 @@ def test_a_short_run(tmp_path: Path) -> None:
     if find_spec("atheris") is None:
         pytest.skip("needs atheris, which has no wheel for this Python: pip install atheris")
     # libFuzzer runs all seeds, however long that takes, and mutates them for the rest of a second.
-    # To instrument all packages takes 5 s of processor time, and in a second coverage is no guide.
+    # To instrument all modules takes 5 s of processor time, and in a second coverage is no guide.
     # Each target's seeds with the byte that chooses it before them.
     corpus = tmp_path / "corpus"
     corpus.mkdir()
@@ -49,7 +49,7 @@ def test_a_short_run(tmp_path: Path) -> None:
         for name, data in seeds()[target].items():
             (corpus / f"{target}-{name}").write_bytes(bytes((number,)) + data)
     words = ["everything", "--seconds", "1", "--corpus", str(corpus)]
-    words += ["--instrument", "hybridkex.wire"]
+    words += ["--instrument", "hybridkex.wire.messages"]
     done = subprocess.run(
         [*BETWEEN, *FUZZ, *words],
         cwd=tmp_path,

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import pytest
+from extension_tables import RFC_9846_SECTION_4_3
 from tls_glue import ANY_GROUP, Pair
 
 from hybridkex.auth import Identity, TrustStore
@@ -18,30 +19,6 @@ from hybridkex.wire.extensions import Extensions, MessageKind
 from hybridkex.wire.message import Message
 from hybridkex.wire.messages import ClientHello, decode, encode
 
-RFC_9846_SECTION_4_3 = {  # the types that this library knows
-    0: "CH EE",
-    10: "CH EE",
-    13: "CH CR",
-    16: "CH EE",
-    19: "CH EE",
-    20: "CH EE",
-    21: "CH",
-    28: "CH EE",  # RFC 8449; the table of RFC 9846 does not list it
-    33: "CH SH",  # RFC 9973
-    41: "CH SH",
-    42: "CH EE NST",
-    43: "CH SH HRR",
-    44: "CH HRR",
-    45: "CH",
-    47: "CH CR",
-    48: "CR",
-    49: "CH",
-    50: "CH CR",
-    51: "CH SH HRR",
-    0xFF3E: "CH EE CR NST",  # draft-ietf-tls-tlsflags: where we take notice, or may ignore it
-    0xFF3F: "CH EE",  # ours
-    0xFF40: "CH EE",  # ours
-}
 SHORT = {
     "CH": MessageKind.CLIENT_HELLO,
     "SH": MessageKind.SERVER_HELLO,

@@ -1,9 +1,9 @@
-"""An ASGI application over hybridkex: HTTP/1.1 and HTTP/2 by hypercorn, chosen by ALPN.
+"""An ASGI application over hybridkex: hypercorn serves HTTP/1.1 or HTTP/2, as ALPN selects.
 
     python examples/asgi_server.py 8443 keys/cert.pem keys/key.pem
 
 hypercorn's own listeners use the standard library's TLS. Its trio worker, however, accepts any
-stream that reports the protocol chosen by ALPN, and this example passes it such streams.
+stream that reports the ALPN protocol, and this example passes it such streams.
 """
 
 import sys
@@ -44,7 +44,7 @@ class _HttpStream:
         return getattr(self._stream, name)
 
     def selected_alpn_protocol(self) -> str:
-        """``h2`` or ``http/1.1``."""
+        """Return ``h2`` or ``http/1.1``."""
         return self._stream.session.alpn or "http/1.1"
 
 
@@ -56,9 +56,9 @@ async def serve_asgi(
     host: str | None = None,
     task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve ``app`` until cancelled; ``config.alpn`` says which versions of HTTP.
+    """Serve ``app`` until cancelled, with the HTTP versions in ``config.alpn``.
 
-    ``task_status`` gets the port.
+    ``task_status`` gets the port number.
     """
     settings, state = Config(), ConnectionState({})
     wrapped = wrap_app(app, settings.wsgi_max_body_size, None)
@@ -84,13 +84,13 @@ async def serve_asgi(
 
 
 async def hello(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answers with the method, the path and the length of the body."""
+    """Answer with the method, the path, the HTTP version and the length of the body."""
     if scope["type"] == "websocket":
         await receive()
-        await send({"type": "websocket.close"})  # before it is accepted: 403
+        await send({"type": "websocket.close"})  # closing before the accept answers 403
         return
     if scope["type"] != "http":
-        raise NotImplementedError(scope["type"])  # hypercorn understands this as "no lifespan"
+        raise NotImplementedError(scope["type"])  # tells hypercorn that there is no lifespan
     length, more = 0, True
     while more:
         message = await receive()
@@ -112,7 +112,7 @@ def main() -> None:
     config = ServerConfig(
         identities=(Identity.from_files(certificate, key),),
         alpn=("h2", "http/1.1"),
-        # Browsers and curl may not have ML-KEM yet.
+        # Browsers and curl may not support ML-KEM yet.
         policy=Policy(post_quantum=Requirement.PREFER),
     )
     trio.run(serve_asgi, hello, number, config)

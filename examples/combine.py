@@ -1,8 +1,7 @@
-"""A key for a record layer of your own, from ECDH, ML-KEM and QKD at once: ``python combine.py``.
+"""Derive a key for your own record layer from ECDH, ML-KEM and QKD: ``python combine.py``.
 
-Two parties in one process, over a memory stream. ``exchange`` gives both the same key in one round
-trip; here they derive two AES-GCM keys from it, one for each direction, and send one message each
-way.
+Two parties run in one process, over a memory stream. ``exchange`` gives both the same key in one
+round trip. They derive two AES-GCM keys from it, one for each direction, and send one message each.
 """
 
 import trio
@@ -19,7 +18,7 @@ LABEL = b"example.org records v1"
 
 
 class Records:
-    """Messages of at most 64 KiB over a stream, encrypted; the nonce counts them."""
+    """Encrypted messages of at most 64 KiB over a stream; the nonce is a message counter."""
 
     def __init__(self, stream: trio.abc.Stream, key: Secret, *, we_began: bool) -> None:
         self._stream = stream
@@ -31,13 +30,13 @@ class Records:
         self._sent = self._received = 0
 
     async def send(self, message: bytes) -> None:
-        """One message."""
+        """Send one message."""
         sealed = self._seal.encrypt(self._sent.to_bytes(12, "big"), message, None)
         self._sent += 1
         await self._stream.send_all(len(sealed).to_bytes(4, "big") + sealed)
 
     async def receive(self) -> bytes:
-        """The next one; ``cryptography`` raises ``InvalidTag`` if it was modified."""
+        """Receive the next message. Raises ``InvalidTag`` if it was modified."""
         length = int.from_bytes(await self._exactly(4), "big")
         if length > 1 << 16:
             raise ValueError("a message is too long")
@@ -56,7 +55,7 @@ class Records:
 
 
 async def main() -> None:
-    """Alice sends a message, Bob replies."""
+    """Run both parties: Alice sends a message, and Bob replies."""
     alice, bob = RawIdentity.generate(), RawIdentity.generate()
     ends = trio.testing.memory_stream_pair()
     keys = in_process_pair("alice", "bob")

@@ -1,9 +1,9 @@
-"""``httpx`` over hybridkex: every https request with hybrid keys, HTTP/1.1 or HTTP/2 by ALPN.
+"""``httpx`` over hybridkex: https requests with hybrid keys; ALPN selects HTTP/1.1 or HTTP/2.
 
     python examples/httpx_client.py https://localhost:8443/ keys/ca.pem
 
-httpcore, the transport of httpx, gets connections from a network backend and TLS from each
-connection. The backend here provides a ``SecureStream``.
+httpcore, the transport of httpx, opens TCP connections with a network backend and then starts TLS
+on each. The connections of this backend start TLS as a ``SecureStream``.
 """
 
 import sys
@@ -23,7 +23,7 @@ class SecureBackend(httpcore.AsyncNetworkBackend):
     """Connections whose TLS is a :class:`~hybridkex.SecureStream`.
 
     Args:
-        config: what every connection wants, ``alpn`` included.
+        config: the configuration of every connection, with ``alpn``.
     """
 
     def __init__(self, config: ClientConfig) -> None:
@@ -38,7 +38,7 @@ class SecureBackend(httpcore.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.AsyncNetworkStream:
-        """TCP; httpcore asks the stream for TLS next."""
+        """Open a TCP connection; httpcore then calls ``start_tls`` on it."""
         with _errors(httpcore.ConnectTimeout, httpcore.ConnectError), _within(timeout):
             tcp = await trio.open_tcp_stream(host, port, local_address=local_address)
         for option in socket_options or ():
@@ -46,7 +46,7 @@ class SecureBackend(httpcore.AsyncNetworkBackend):
         return _Connection(tcp, self._config)
 
     async def sleep(self, seconds: float) -> None:
-        """Wait before the next try."""
+        """Wait before the next attempt."""
         await trio.sleep(seconds)
 
 
@@ -61,7 +61,7 @@ class _Connection(httpcore.AsyncNetworkStream):
         server_hostname: str | None = None,
         timeout: float | None = None,  # noqa: ASYNC109
     ) -> httpcore.AsyncNetworkStream:
-        """Our TLS; ``ssl_context``, the standard library's, is ignored."""
+        """Start hybridkex on the connection; the standard library's ``ssl_context`` is ignored."""
         secure = SecureStream(
             self._stream, self._config, server_hostname=server_hostname, https_compatible=True
         )
@@ -74,21 +74,21 @@ class _Connection(httpcore.AsyncNetworkStream):
         return _Connection(secure, self._config)
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109
-        """At most ``max_bytes``."""
+        """Read at most ``max_bytes`` bytes."""
         with _errors(httpcore.ReadTimeout, httpcore.ReadError), _within(timeout):
             return bytes(await self._stream.receive_some(max_bytes))
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109
-        """All of it."""
+        """Send all of ``buffer``."""
         with _errors(httpcore.WriteTimeout, httpcore.WriteError), _within(timeout):
             await self._stream.send_all(buffer)
 
     async def aclose(self) -> None:
-        """Close."""
+        """Close the connection."""
         await self._stream.aclose()
 
     def get_extra_info(self, info: str) -> Any:
-        """``ssl_object`` is how httpcore learns what ALPN chose; ``session`` is ours."""
+        """Return ``ssl_object``, which httpcore asks for the ALPN protocol, or our ``session``."""
         if not isinstance(self._stream, SecureStream):
             return None
         if info == "session":
@@ -96,13 +96,13 @@ class _Connection(httpcore.AsyncNetworkStream):
         return self if info == "ssl_object" else None
 
     def selected_alpn_protocol(self) -> str | None:
-        """``h2`` or ``http/1.1``."""
+        """Return ``h2`` or ``http/1.1``, or ``None`` without ALPN."""
         assert isinstance(self._stream, SecureStream)
         return self._stream.session.alpn
 
 
 class _errors:
-    """Translate errors into those of httpcore."""
+    """Context manager that translates errors into those of httpcore."""
 
     def __init__(self, late: type[Exception], broken: type[Exception]) -> None:
         self._late, self._broken = late, broken
@@ -112,7 +112,7 @@ class _errors:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, trio.TooSlowError):
-            raise self._late("no answer in time") from error
+            raise self._late("the server did not answer in time") from error
         if isinstance(error, OSError | trio.BrokenResourceError | trio.ClosedResourceError):
             raise self._broken(str(error.__cause__ or error)) from error
 
@@ -122,9 +122,9 @@ def _within(seconds: float | None) -> Any:
 
 
 def secure_transport(config: ClientConfig) -> httpx.AsyncHTTPTransport:
-    """What goes into ``httpx.AsyncClient(transport=...)``."""
+    """Make the transport for ``httpx.AsyncClient(transport=...)``."""
     transport = httpx.AsyncHTTPTransport()
-    # httpx has no argument for the backend of httpcore's pool, which is where it belongs.
+    # httpx has no argument for the network backend of httpcore's pool.
     transport._pool = httpcore.AsyncConnectionPool(
         network_backend=SecureBackend(config),
         http2="h2" in config.alpn,
@@ -136,7 +136,7 @@ def secure_transport(config: ClientConfig) -> httpx.AsyncHTTPTransport:
 
 
 async def main() -> None:
-    """One request."""
+    """Send one request and print the answer."""
     try:
         url, ca = sys.argv[1:]
     except ValueError:

@@ -1,4 +1,4 @@
-"""``python -m examples.chat server|client|pair``: the channel's options are the command's own."""
+"""The command line: ``python -m examples.chat server|client|pair``."""
 
 import argparse
 import logging
@@ -35,7 +35,7 @@ from .terminal import Terminal
 _log = logging.getLogger("examples.chat")
 _PORT = 4435
 _CONNECTIONS = 2000
-"""At once: of clients that have a seat, and of those that come back to theirs."""
+"""The maximum number of open connections, including those of clients that reconnect."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,16 +72,16 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m examples.chat", description="Chat over hybridkex channels."
     )
     modes = parser.add_subparsers(dest="mode", required=True, metavar="MODE")
-    server = modes.add_parser("server", help="rooms for many")
-    client = modes.add_parser("client", help="take part in a server's conversation")
+    server = modes.add_parser("server", help="serve chat rooms")
+    client = modes.add_parser("client", help="join a room of a server")
     pair = modes.add_parser("pair", help="two parties, no server: one listens, one connects")
     client.add_argument("address", metavar="HOST[:PORT]", help=f"port {_PORT} if none is given")
-    client.add_argument("--room", default="lobby", help="where to begin (default: lobby)")
+    client.add_argument("--room", default="lobby", help="the first room (default: lobby)")
     pair.add_argument(
         "address",
         metavar="HOST[:PORT]",
         nargs="?",
-        help="the peer to connect to; without it, we listen",
+        help="the peer to connect to; without it, listen",
     )
     for one in (client, pair):
         one.add_argument("--nick", required=True, metavar="NAME", help="our nickname")
@@ -102,22 +102,24 @@ def _parser() -> argparse.ArgumentParser:
             "--store-key",
             type=Path,
             metavar="FILE",
-            help="the key of the store, created with it (default: STORE.key)",
+            help="the key file of the store, created with it (default: STORE.key)",
         )
     server.add_argument(
         "--queue",
         type=int,
         default=1000,
         metavar="N",
-        help="messages that may wait for one client (default: 1000)",
+        help="maximum queued messages for one client (default: 1000)",
     )
-    server.add_argument("--most", type=int, default=1000, metavar="N", help="seats (default: 1000)")
+    server.add_argument(
+        "--most", type=int, default=1000, metavar="N", help="maximum participants (default: 1000)"
+    )
     server.add_argument(
         "--away",
         type=float,
         default=3600.0,
         metavar="SECONDS",
-        help="until the seat of a lost client is free (default: 3600)",
+        help="time until a disconnected client loses its seat (default: 3600)",
     )
     for one in (server, client, pair):
         one.add_argument(
@@ -135,7 +137,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.mode != "server":
         check_name("nickname", args.nick)
     elif args.queue < 1 or args.most < 1 or args.away <= 0:
-        raise ChatError("--queue, --most and --away are positive")
+        raise ChatError("--queue, --most and --away must be positive")
     if args.mode == "client":
         check_name("room", args.room)
     if args.mode == "pair":
@@ -148,7 +150,7 @@ def _check(args: argparse.Namespace) -> None:
     by_psk = (args.psk or args.kme or args.key_pool) and args.requirement not in ("prefer", "off")
     if not (by_certificate or by_psk):
         raise ChatError(
-            "both ends prove who they are: --ca, --cert and --key, or QKD keys, or a PSK"
+            "both ends prove who they are: give --ca, --cert and --key, or QKD keys, or a PSK"
         )
 
 
@@ -178,7 +180,7 @@ async def _serve(args: argparse.Namespace) -> None:
             with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
                 async for _ in signals:
                     break
-            await hub.close("the server is going down")
+            await hub.close("the server is shutting down")
             nursery.cancel_scope.cancel()
     finally:
         store.close()
@@ -240,11 +242,11 @@ async def _take_part(args: argparse.Namespace) -> None:
 
 async def _converse(client: Client, streams: list[SecureStream[Any]]) -> None:
     def basis() -> str:
-        return rests_on(streams[-1].session) if streams else "nobody is there yet"
+        return rests_on(streams[-1].session) if streams else "the peer has not connected yet"
 
     def details() -> str:
         if not streams:
-            return "nobody is there yet"
+            return "the peer has not connected yet"
         pad, session = streams[-1].pad, str(streams[-1].session)
         return session if pad is None else f"{session}\n  left:          {spent_of(pad)}"
 

@@ -1,9 +1,9 @@
-"""A client that stays in the conversation across broken connections and with fresh keys.
+"""A client that reconnects and resumes the conversation when its connection breaks.
 
-The state of the conversation is its token, the number of its last action and the last entry it has
-seen; it outlives each connection. So new keys need no protocol of their own: the client opens a
-second connection, with its own handshake and QKD keys, and closes the first one when the server has
-welcomed it there. Unacknowledged actions are sent again and recognised by their numbers.
+The state of the conversation is a token, the number of the last action and the last entry that was
+received. It outlives each connection. After a break the client opens another connection, with its
+own handshake and QKD keys, and sends its unacknowledged actions again; the server recognises
+repeated actions by their numbers.
 """
 
 import contextlib
@@ -56,8 +56,8 @@ class Client:
     """One seat in a conversation.
 
     Args:
-        connect: makes a connection.
-        backoff: how long to wait between tries.
+        connect: opens a connection.
+        backoff: the delays between attempts to connect.
     """
 
     def __init__(
@@ -83,29 +83,29 @@ class Client:
         self.nickname: Final = nickname
         self.room = room
         self.connections = 0
-        """How many there were."""
+        """The number of connections so far."""
         self.trouble: str | None = None
-        """Why there is no connection."""
+        """The reason why there is no connection."""
 
     @property
     def online(self) -> bool:
-        """Whether there is a connection now."""
+        """Whether the client is connected."""
         return self._frames is not None
 
     @property
     def unacknowledged(self) -> int:
-        """Actions that the server has not acknowledged yet."""
+        """The number of actions that the server has not acknowledged."""
         return len(self._outbox)
 
     @property
     def outbox(self) -> tuple[Action, ...]:
-        """Those actions."""
+        """The actions that the server has not acknowledged."""
         return tuple(self._outbox)
 
     # --- what the user does -------------------------------------------------------------------
 
     async def say(self, text: str) -> None:
-        """Say something in the room; waits where too much is not acknowledged yet."""
+        """Say something in the room. Waits while too many actions are unacknowledged."""
         await self._act("say", text)
 
     async def join(self, room: str) -> None:
@@ -113,13 +113,13 @@ class Client:
         await self._act("join", room)
 
     async def ask(self, what: str) -> None:
-        """Ask ``who`` is there or which ``rooms`` there are; the answer comes as news."""
+        """Ask ``who`` is in the room, or which ``rooms`` exist; the answer arrives as news."""
         async with self._changed:
             self._questions.append(Ask(what))
             self._changed.notify_all()
 
     async def leave(self) -> None:
-        """Leave for good: after all that was said has arrived, or after a few seconds."""
+        """Leave, once the server has acknowledged all actions, or after a few seconds."""
         with trio.move_on_after(_LEAVE_WITHIN):
             await self._act("leave", "")
             self._leaving = True
@@ -141,12 +141,12 @@ class Client:
     # --- connections --------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Stay connected until we have left.
+        """Stay connected until :meth:`leave`.
 
         Raises:
             ChatError: the server has ended the conversation.
-            OSError, trio.BrokenResourceError, ProtocolError: there is no connection at the first
-                try; later on it is tried again.
+            OSError, trio.BrokenResourceError, ProtocolError: the first attempt to connect failed;
+                later failures are retried.
         """
         frames = await self._open()
         while True:
@@ -155,13 +155,13 @@ class Client:
             finally:
                 self._frames = None
                 with trio.move_on_after(1):
-                    await frames.stream.aclose()  # In any case, also when cancelled.
+                    await frames.stream.aclose()  # also when cancelled
             if self._leaving and not self._outbox:
                 return
             frames = await self._reconnect()
 
     async def _use(self, frames: Frames) -> None:
-        """Converse over a connection until it ends."""
+        """Send and receive over a connection until it ends."""
         self._frames, self.trouble = frames, None
         ended: list[Bye] = []
         async with trio.open_nursery() as nursery:
@@ -178,7 +178,7 @@ class Client:
     async def _reconnect(self) -> Frames:
         while True:
             wait = self._backoff.next()
-            self.trouble = f"{self.trouble or 'the connection broke'}; next try in {wait:.1f} s"
+            self.trouble = f"{self.trouble or 'the connection broke'}; next attempt in {wait:.1f} s"
             _log.info("%s", self.trouble)
             await trio.sleep(wait)
             try:
@@ -190,7 +190,7 @@ class Client:
             return frames
 
     async def _open(self) -> Frames:
-        """A connection on which we are welcome, and on which what comes next is ours."""
+        """Connect, and exchange Hello and Welcome."""
         with trio.fail_after(_WELCOME_WITHIN):
             stream = await self._connect()
             try:
@@ -208,7 +208,7 @@ class Client:
     def _settle(self, welcome: Welcome) -> None:
         self._forget(welcome.accepted)
         if not welcome.resumed:
-            # The server does not know us (any more): start from the beginning.
+            # The server does not know this client (any more): number the actions from 1 again.
             self._seen = welcome.seen
             self._outbox = deque(
                 Action(number, action.verb, action.text)
@@ -241,7 +241,7 @@ class Client:
             scope.cancel()
 
     async def _expect_acknowledgements(self, scope: trio.CancelScope) -> None:
-        """Leave a connection whose server takes what we say and never has it in its log."""
+        """End a connection whose server reads actions but does not acknowledge them."""
         while True:
             async with self._changed:
                 while not self._outbox:
@@ -275,14 +275,14 @@ class Client:
                     ended.append(message)
                     break
                 else:
-                    self.trouble = "the server said what is a client's to say"
+                    self.trouble = "the server sent a client's message"
                     break
         except (trio.BrokenResourceError, trio.ClosedResourceError, ProtocolError) as error:
             self.trouble = _reason(error)
         scope.cancel()
 
     async def _tell(self, news: Entry | Notice) -> None:
-        # While we are leaving, nobody reads the news.
+        # Nobody reads the news while the client is leaving.
         with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
             await self._put.send(news)
 

@@ -1,10 +1,10 @@
 """The server without its socket: seats, rooms, and the delivery of messages.
 
 - One task writes the log; actions that arrive meanwhile go into its next transaction. An action is
-acknowledged when it is on disk, and the client's next one is read after that: a client that floods
-waits for the disk, and others are not affected.
-- Each connection has its own bounded queue. A client that does not read until it is full is
-dropped; nobody waits for it. It can return and resume where it was.
+acknowledged when it is on disk, and the client's next action is read after that: a client that
+floods the server waits for the disk and does not affect others.
+- Each connection has its own bounded queue. A client that does not read is disconnected when its
+queue is full; nobody waits for it. It can reconnect and resume.
 """
 
 import contextlib
@@ -47,15 +47,15 @@ _NAMED: Final = 100
 
 
 async def _in_thread(function: Callable[..., _T], *arguments: object) -> _T:
-    """Call the store; a machine without a free thread is an error like a full disk."""
+    """Call the store in a thread. Raises ``ChatError`` if the system starts no thread."""
     try:
         return await trio.to_thread.run_sync(function, *arguments)
     except RuntimeError as error:
-        raise ChatError(f"the store was not asked: {error}") from None
+        raise ChatError(f"cannot start a thread for the store: {error}") from None
 
 
 def _some(names: list[str]) -> str:
-    """Names in a row; of many, the first, so that they fit a message."""
+    """Join names with commas; of many, only the first, so that they fit in a message."""
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return ", ".join(names[:_NAMED]) + more
 
@@ -74,7 +74,7 @@ class _Link:
         self.gone: Final = trio.Event()
 
     def put(self, frame: bytes) -> bool:
-        """Queue a frame; false where there is no room."""
+        """Queue a frame. Returns false if the queue is full."""
         try:
             self._put.send_nowait(frame)
             if self._sent.is_set():
@@ -82,15 +82,15 @@ class _Link:
         except trio.WouldBlock:
             return False
         except (trio.BrokenResourceError, trio.ClosedResourceError):
-            pass  # It has ended already.
+            pass  # the connection has ended already
         return True
 
     async def sent(self) -> None:
-        """Wait until all that was queued is sent."""
+        """Wait until all queued frames are sent."""
         await self._sent.wait()
 
     def end(self, farewell: Bye | None, *, skip: bool = True) -> None:
-        """Send a farewell instead of the queue, or after it, if the peer reads it in time."""
+        """Send ``farewell`` instead of the queue (``skip``) or after it, and end the connection."""
         self._farewell = farewell
         self._skip = skip
         self._put.close()
@@ -123,16 +123,16 @@ class _Member:
     link: _Link | None = None
     away_since: float = 0.0
     holder: str = ""
-    """Whom the seat counts for, when there are too few."""
+    """The peer or network that the seat is counted for."""
     dropped: str | None = None
-    """Why the client was dropped, to report when it returns."""
+    """The reason why the client was disconnected, reported when it reconnects."""
     turn: trio.Lock = field(default_factory=trio.Lock)
-    """One action at a time, over however many connections."""
+    """Held during an action: one at a time, even if the client has several connections."""
 
 
 @dataclass(eq=False)
 class _Job:
-    """An action on its way to the disk."""
+    """An action to be written to the log."""
 
     member: _Member
     change: Change
@@ -144,9 +144,9 @@ class Hub:
     """All members, rooms and connections of the server.
 
     Args:
-        queue: messages that may wait for one client before it is dropped.
-        most: seats.
-        away: seconds after which the seat of a vanished client is free.
+        queue: maximum queued messages for one client; with more, it is disconnected.
+        most: the number of seats.
+        away: seconds after which a disconnected client loses its seat.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class Hub:
         self._connections: set[_Link] = set()
 
     async def run(self) -> None:
-        """Write the log, and free the seats of those who do not come back, until cancelled."""
+        """Write the log, and free the seats of clients that stay away, until cancelled."""
         for member in self._members.values():
             member.away_since = trio.current_time()
         async with trio.open_nursery() as nursery:
@@ -178,12 +178,12 @@ class Hub:
                 await next(iter(self._connections)).gone.wait()
 
     async def serve(self, stream: trio.abc.Stream, peer: str, where: str = "") -> None:
-        """One connection, from Hello to its end.
+        """Serve one connection, from Hello to its end.
 
         Args:
             peer: the peer's verified names or its key; empty if unknown.
-            where: the network that it comes from; whom its seat counts for, if it is not known who
-                it is: many may have the same PSK.
+            where: the peer's network. Its seat is counted for the network if the peer is unknown,
+                since many clients may have the same PSK.
         """
         frames = Frames(stream)
         link = _Link(frames, self._queue)
@@ -199,7 +199,7 @@ class Hub:
                     else:
                         link.scope.cancel()
         except* (trio.BrokenResourceError, trio.ClosedResourceError):
-            pass  # Disconnected; it may return.
+            pass  # the client may reconnect
         finally:
             self._connections.discard(link)
             link.gone.set()
@@ -217,15 +217,15 @@ class Hub:
         if hello is None:
             return
         if not isinstance(hello, Hello):
-            raise ProtocolError("the first message is hello")
+            raise ProtocolError("the first message must be hello")
         member, welcome = await self._admit(hello, peer, holder)
         member.holder = holder
         await frames.send(welcome)
         if member.link is not None:
-            member.link.end(None)  # The client has moved to this connection.
+            member.link.end(None)  # this connection replaces it
         member.link = link
         self._connections.add(link)
-        # From here on what is new goes into the queue; what is older comes before it.
+        # New entries go into the queue from here on; older ones are sent before them.
         up_to = self._head
         nursery.start_soon(self._send, frames, link, member, welcome.seen, up_to)
         try:
@@ -235,12 +235,12 @@ class Hub:
                     self._tell(member, Accepted(message.number))
                     if message.verb == "leave":
                         link.end(Bye("you have left", again=False), skip=False)
-                        await trio.sleep_forever()  # The farewell ends this connection.
+                        await trio.sleep_forever()  # the farewell ends this connection
                 elif isinstance(message, Ask):
-                    await link.sent()  # who does not read gets no second answer
+                    await link.sent()  # a client that does not read gets no second answer
                     self._tell(member, Notice(self._answer(member, message.what)))
                 else:
-                    raise ProtocolError("that is the server's to say")
+                    raise ProtocolError("only a server may send this message")
         finally:
             if member.link is link:
                 member.link = None
@@ -254,7 +254,7 @@ class Hub:
                 reason, member.dropped = member.dropped, None
                 await frames.send(Notice(reason))
             if seen < await _in_thread(self._store.forgotten):
-                await frames.send(Notice("what was said long ago is no longer kept"))
+                await frames.send(Notice("the oldest messages are no longer stored"))
             while page := await _in_thread(
                 self._store.missed, member.seat.nickname, seen, up_to, _PAGE
             ):
@@ -275,7 +275,7 @@ class Hub:
             if not hmac.compare_digest(seat.token, token) or seat.peer != peer:
                 raise ChatError(f"the nickname {hello.nickname!r} is taken")
             async with member.turn:
-                pass  # An action of an earlier connection is on its way to the disk.
+                pass  # wait for an action of an earlier connection to reach the disk
             return member, Welcome(seat.accepted, min(hello.seen, self._head), seat.room, True)
         seat = Seat(hello.nickname, token, peer, 0, hello.room)
         member = self._members[hello.nickname] = _Member(seat, holder=holder)
@@ -283,14 +283,14 @@ class Hub:
         before = self._head
         try:
             await self._apply(member, Change("enter", seat))
-        except BaseException:  # the store did not take it, or was never asked
+        except BaseException:  # the store has not written the seat
             del self._members[hello.nickname]
             raise
         return member, Welcome(0, before, seat.room, False)
 
     async def _free_a_seat(self, newcomer: str) -> bool:
-        """Take a seat from the holder with the most seats, if that is at least two more than the
-        newcomer has: the one that was left for the longest time, or else the newest."""
+        """Take a seat from the holder with the most seats, if it has at least two more than the
+        newcomer: the seat whose client has been away longest, or else the newest."""
         seats = Counter(member.holder for member in self._members.values())
         most = max(seats.values(), default=0)
         if most < seats[newcomer] + 2:
@@ -300,9 +300,10 @@ class Hub:
         if away:
             member = min(away, key=lambda one: one.away_since)
         else:
-            member = theirs[-1]  # in the order in which they came
+            member = theirs[-1]  # the newest
             assert member.link is not None
-            member.link.end(Bye("your seat was needed for somebody who has fewer", again=False))
+            reason = "your seat was needed for a participant with fewer seats"
+            member.link.end(Bye(reason, again=False))
             member.link, member.away_since = None, trio.current_time()
         await self._free(member)
         return True
@@ -317,7 +318,7 @@ class Hub:
         async with member.turn:
             seat = member.seat
             if action.number <= seat.accepted:
-                return  # Sent again after a break: it is in the log.
+                return  # a repeated action, which is in the log
             if action.number != seat.accepted + 1:
                 raise ProtocolError("an action is missing")
             await self._apply(member, Change(action.verb, seat, action.number, action.text))
@@ -326,11 +327,11 @@ class Hub:
         job = _Job(member, change)
         await self._jobs.send(job)
         with trio.CancelScope(shield=True):
-            # It will be written, whatever becomes of the connection: a client that comes back
-            # must not find it half-way.
+            # The write completes even if the connection ends, so that a client that reconnects
+            # finds the final state.
             await job.done.wait()
         if not job.written:
-            raise trio.BrokenResourceError("the store did not take it")
+            raise trio.BrokenResourceError("the store could not be written")
 
     def _answer(self, member: _Member, what: str) -> str:
         others = self._members.values()
@@ -345,7 +346,7 @@ class Hub:
         if what == "rooms":
             rooms = [other.seat.room for other in others]
             return _some([f"{room} ({count})" for room, count in sorted(Counter(rooms).items())])
-        raise ProtocolError("nobody knows that")
+        raise ProtocolError("unknown question")
 
     # --- everybody ----------------------------------------------------------------------------
 
@@ -359,8 +360,8 @@ class Hub:
                 try:
                     made = await _in_thread(self._store.apply, changes)
                 except ChatError as error:
-                    # Nothing of it is acknowledged: clients come back, and send it again.
-                    if not failing:  # once, not for every action until it works again
+                    # No action is acknowledged, so clients reconnect and send them again.
+                    if not failing:  # log once, not for every action
                         _log.error("%s", error)
                     failing = True
                     for one in jobs:
@@ -374,14 +375,13 @@ class Hub:
                     one.written = True
                     one.done.set()
         finally:
-            # The disk is full, or the server ends: waiting clients are informed that nothing was
-            # written.
+            # The disk is full, or the server ends: tell waiting clients that nothing was written.
             for one in (*jobs, *self._waiting(None)):
                 one.done.set()
             self._work.close()
 
     def _waiting(self, most: int | None) -> list[_Job]:
-        """What else is to be written."""
+        """Take up to ``most`` more jobs from the queue, without waiting."""
         jobs: list[_Job] = []
         try:
             while most is None or len(jobs) < most:
@@ -425,5 +425,6 @@ class Hub:
             limit = trio.current_time() - self._away
             for member in list(self._members.values()):
                 if member.link is None and member.away_since < limit:
-                    with contextlib.suppress(trio.BrokenResourceError):  # the disk is full: later
+                    # If the disk is full, this is tried again later.
+                    with contextlib.suppress(trio.BrokenResourceError):
                         await self._free(member)

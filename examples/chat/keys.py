@@ -10,20 +10,20 @@ __all__ = ["left_of", "made_at", "network_of", "owner_of", "rests_on", "spent_of
 
 
 def left_of(pad: PadBudget) -> str:
-    """How long a message may be, and how much more the KME has."""
+    """Describe how long a message may be, and how much more key the KME has."""
     more = "" if pad.stock is None else f" + {pad.stock:,} at the KME"
     return f"one-time pad for {pad.message:,} bytes{more}"
 
 
 def spent_of(pad: PadBudget) -> str:
-    """The same, and what has been used."""
+    """Describe the remaining and the used key."""
     return f"{left_of(pad)}; {pad.sent:,} bytes of key sent, {pad.received:,} received"
 
 
 def owner_of(session: Session) -> str:
-    """Who the other end is: the names that somebody vouches for, else its key, else nobody.
+    """Return the peer's vouched names, or else its key, or else an empty string.
 
-    The subject of a certificate would not do: the owner of a pinned key writes it.
+    The subject of a certificate is not used: the owner of a pinned key can write any name there.
     """
     if session.vouched_names:
         return ", ".join(session.vouched_names)
@@ -32,8 +32,8 @@ def owner_of(session: Session) -> str:
 
 
 def network_of(stream: trio.SocketStream) -> str:
-    """Where a client comes from: its IPv4 address, or the /64 network of its IPv6 address, in which
-    one host can have any number of addresses."""
+    """Return the client's IPv4 address, or the /64 network of its IPv6 address, in which one host
+    can have any number of addresses."""
     host = ipaddress.ip_address(stream.socket.getpeername()[0].partition("%")[0])
     if isinstance(host, ipaddress.IPv6Address):
         if host.ipv4_mapped is None:
@@ -43,7 +43,7 @@ def network_of(stream: trio.SocketStream) -> str:
 
 
 def rests_on(session: Session) -> str:
-    """The legs, what authenticated the other end, and how often the keys have been renewed."""
+    """Describe the legs, the authentication of the peer, and the number of key renewals."""
     legs = list(session.parts)
     last = session.epochs[-1] if session.epochs else None
     key_ids = session.qkd_key_ids if last is None else last.qkd_key_ids
@@ -59,5 +59,5 @@ def rests_on(session: Session) -> str:
 
 
 def made_at(session: Session) -> float:
-    """When the keys in use were made, in seconds since the epoch."""
+    """Return the time when the current keys were made, in seconds since the epoch."""
     return session.epochs[-1].began_at if session.epochs else session.began_at

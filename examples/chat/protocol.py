@@ -1,8 +1,8 @@
 """The wire format: a length of four bytes, big-endian, and that many bytes of JSON in UTF-8.
 
-A client's messages are numbered and kept until the server has acknowledged them. What happens in a
-room is an entry of the server's log with an increasing identifier; a returning client names the
-last one it has seen. So nothing is lost and nothing is duplicated.
+A client's messages are numbered and kept until the server has acknowledged them. Each event in a
+room is an entry of the server's log with an increasing identifier; a client that reconnects names
+the last entry that it has received. So nothing is lost and nothing is duplicated.
 """
 
 import json
@@ -39,13 +39,13 @@ __all__ = [
 ]
 
 PROTOCOL: Final = "hkx-chat/1"
-"""The application protocol that both sides name (ALPN)."""
+"""The ALPN protocol name."""
 
 MAX_FRAME: Final = 32 * 1024
-"""Bytes of one message on the wire."""
+"""The maximum number of bytes of one message on the wire."""
 
 MAX_TEXT: Final = 4000
-"""Characters that a person can say at once."""
+"""The maximum number of characters of one chat message."""
 
 _NAME: Final = re.compile(r"[\w.-]{1,24}")
 _LENGTH: Final = struct.Struct(">I")
@@ -61,14 +61,14 @@ class ProtocolError(ChatError):
 
 @dataclass(frozen=True)
 class Hello:
-    """A client's first words, on every connection."""
+    """A client's first message on each connection."""
 
     nickname: str
     room: str
     token: str
-    """Random, chosen by the client; a client that presents it is the returning client."""
+    """A random value that the client chose; it identifies the client when it reconnects."""
     seen: int
-    """The last entry it has seen."""
+    """The identifier of the last entry that the client has received."""
 
     def __post_init__(self) -> None:
         check_name("nickname", self.nickname)
@@ -79,7 +79,7 @@ class Hello:
 
 @dataclass(frozen=True)
 class Action:
-    """What a client does; ``number`` counts its actions from 1 without a gap."""
+    """An action of a client; ``number`` counts its actions from 1 without a gap."""
 
     number: int
     verb: str
@@ -87,7 +87,7 @@ class Action:
 
     def __post_init__(self) -> None:
         if self.verb not in ("say", "join", "leave"):
-            raise ProtocolError(f"there is no action {printable(self.verb)!r}")
+            raise ProtocolError(f"unknown action {printable(self.verb)!r}")
         if self.verb == "join":
             check_name("room", self.text)
         if len(self.text) > MAX_TEXT:
@@ -96,7 +96,7 @@ class Action:
 
 @dataclass(frozen=True)
 class Ask:
-    """A question that changes nothing: ``who`` is in the room, which ``rooms`` there are."""
+    """A query: ``who`` is in the room, or which ``rooms`` exist."""
 
     what: str
 
@@ -106,24 +106,24 @@ class Welcome:
     """The server's response to Hello."""
 
     accepted: int
-    """The last of the client's actions that is in the log."""
+    """The number of the client's last action in the log."""
     seen: int
-    """Where the entries that follow begin."""
+    """The entries that follow have higher identifiers."""
     room: str
     resumed: bool
-    """Whether the server knows the client; if not, its numbers start over."""
+    """Whether the server knows the client; if not, the client numbers its actions from 1 again."""
 
 
 @dataclass(frozen=True)
 class Accepted:
-    """An action is in the log, as are all before it."""
+    """An acknowledgement: this action and all before it are in the log."""
 
     number: int
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Something that happened in a room."""
+    """An event in a room."""
 
     id: int
     at: int
@@ -144,7 +144,7 @@ class Notice:
 
 @dataclass(frozen=True)
 class Bye:
-    """The last word of the server on a connection."""
+    """The server's last message on a connection."""
 
     reason: str
     again: bool
@@ -159,13 +159,13 @@ _KINDS: Final[dict[str, type[Any]]] = {
 
 
 def check_name(what: str, name: str) -> None:
-    """Nicknames and rooms: letters and digits of any script, ``_``, ``.`` and ``-``."""
+    """Check a nickname or room: 1 to 24 letters or digits of any script, ``_``, ``.`` or ``-``."""
     if not _NAME.fullmatch(name):
         raise ProtocolError(f"a {what} has 1 to 24 letters, digits, '_', '.' or '-'")
 
 
 def encode(message: Message) -> bytes:
-    """The frame of a message."""
+    """Encode a message as a frame."""
     fields_ = {"type": type(message).__name__.lower(), **asdict(message)}
     body = json.dumps(fields_, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     if len(body) > MAX_FRAME:
@@ -174,32 +174,33 @@ def encode(message: Message) -> bytes:
 
 
 def decode(body: bytes) -> Message:
-    """The message of a frame's body. Raises :class:`ProtocolError`."""
+    """Decode the body of a frame. Raises :class:`ProtocolError`."""
     try:
         values = json.loads(body.decode("utf-8"))
-        # JSON can escape half a surrogate pair, which is no text.
+        # JSON can contain a lone surrogate, which UTF-8 cannot encode.
         json.dumps(values, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError):
         raise ProtocolError("a message is not JSON in UTF-8") from None
     kind = _KINDS.get(str(values.pop("type", ""))) if isinstance(values, dict) else None
     if kind is None:
-        raise ProtocolError("a message of no known type")
+        raise ProtocolError("unknown message type")
     wanted = {field.name: field.type for field in fields(kind)}
     if values.keys() != wanted.keys() or any(
         type(values[name]) is not type_ for name, type_ in wanted.items()
     ):
-        raise ProtocolError(f"a {kind.__name__.lower()} with wrong fields")
+        raise ProtocolError(f"the message {kind.__name__.lower()} has wrong fields")
     if any(type(value) is int and not 0 <= value < 1 << 62 for value in values.values()):
-        raise ProtocolError("a number out of range")
+        raise ProtocolError("a number in the message is out of range")
     message: Message = kind(**values)
     return message
 
 
 def printable(text: str) -> str:
-    """Text as a terminal may show it: no control characters, no marks that turn the line around.
+    """Remove characters that could control a terminal or reverse the direction of the text.
 
-    Categories of Unicode: Cc and Cf (controls, directions), Cs and Co (surrogates, private), Zl and
-    Zp (line and paragraph separators). The joiners that emoji and some scripts need stay.
+    These are the Unicode categories Cc and Cf (control and format characters), Cs and Co
+    (surrogates, private use), Zl and Zp (line and paragraph separators). The joiners that emoji and
+    some scripts need stay.
     """
     return "".join(
         char
@@ -210,21 +211,21 @@ def printable(text: str) -> str:
 
 
 class Frames:
-    """Messages over a stream. One task receives."""
+    """Messages over a stream. Only one task may receive at a time."""
 
     def __init__(self, stream: trio.abc.Stream) -> None:
         self.stream: Final = stream
         self._unread = bytearray()
 
     async def send(self, message: Message) -> None:
-        """Send one message; not while another task sends."""
+        """Send one message. Only one task may send at a time."""
         await self.stream.send_all(encode(message))
 
     async def receive(self) -> Message | None:
-        """The next message; ``None`` at the end.
+        """Receive the next message; ``None`` at the end.
 
         Raises:
-            ProtocolError: what came is no message.
+            ProtocolError: the received data is not a valid message.
             trio.BrokenResourceError: the connection broke.
         """
         while True:
@@ -240,6 +241,6 @@ class Frames:
             data = await self.stream.receive_some()
             if not data:
                 if self._unread:
-                    raise ProtocolError("the end in the middle of a message")
+                    raise ProtocolError("the connection ended within a message")
                 return None
             self._unread += data

@@ -1,8 +1,8 @@
-"""The server's memory: who is there, and the log of what happened, in SQLite.
+"""The server's store in SQLite: the participants, and the log of events.
 
-What is in the log has been acknowledged and, where the store is a file, outlives the server. In a
-file, what people said is encrypted (AES-256-GCM) under a key of its own; who was in which room, and
-when, is not, because the server searches for it. File and key file are private to their owner.
+Entries in the log have been acknowledged and, if the store is a file, outlive the server. In a
+file, messages are encrypted (AES-256-GCM) with a separate key. Rooms, nicknames and times are not,
+because the server searches by them. Only the owner can read the file and the key file.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ __all__ = ["Change", "Seat", "Store"]
 
 _KEPT = 20_000
 _FORMAT = 2
-"""``user_version``; in 1, which had none, texts were in the clear."""
+"""The ``user_version`` of the file; format 1 had none, and its texts were not encrypted."""
 _TABLES = """
     CREATE TABLE IF NOT EXISTS seat (
         nickname TEXT PRIMARY KEY, token BLOB NOT NULL, peer TEXT NOT NULL,
@@ -38,7 +38,7 @@ _TABLES = """
     CREATE TABLE IF NOT EXISTS entry (
         id INTEGER PRIMARY KEY AUTOINCREMENT, at INTEGER NOT NULL, kind TEXT NOT NULL,
         room TEXT NOT NULL, nickname TEXT NOT NULL, text BLOB NOT NULL);
-    -- What a person may read of the log: each room, while they were in it.
+    -- The part of the log that a participant may read: each room, while they were in it.
     CREATE TABLE IF NOT EXISTS stay (
         nickname TEXT NOT NULL, room TEXT NOT NULL, first INTEGER NOT NULL, last INTEGER);
     CREATE INDEX IF NOT EXISTS stay_of ON stay (nickname);
@@ -48,20 +48,20 @@ _TABLES = """
 
 @dataclass
 class Seat:
-    """A nickname and who has it."""
+    """A nickname and its holder."""
 
     nickname: str
     token: bytes
-    """Its SHA-256: the token itself lets its owner in."""
+    """The SHA-256 of the token; the token itself would give access to the seat."""
     peer: str
-    """The subject of the certificate that the client came with first, if it had one."""
+    """The client's verified names or its key at the first connection; empty if unknown."""
     accepted: int
     room: str
 
 
 @dataclass(frozen=True)
 class Change:
-    """What one action does to the log."""
+    """The change that one action makes to the log."""
 
     verb: str
     """``enter``, ``say``, ``join`` or ``leave``."""
@@ -71,7 +71,7 @@ class Change:
 
 
 def _key(path: Path | None, key_file: Path | None) -> Secret:
-    """The key of a store; a new one for a new store, or for one in memory."""
+    """Read the key of a store, or make one for a new store or a store in memory."""
     if path is None:
         return Secret(os.urandom(32))
     key_file = key_file or Path(f"{path}.key")
@@ -81,7 +81,7 @@ def _key(path: Path | None, key_file: Path | None) -> Secret:
 
 
 def _open(path: Path) -> sqlite3.Connection:
-    """The only connection to a store: two servers would overwrite each other's seats."""
+    """Open a store exclusively: two servers would overwrite each other's seats."""
     try:
         return open_locked(path, what="store")
     except ConfigError as error:
@@ -89,12 +89,12 @@ def _open(path: Path) -> sqlite3.Connection:
 
 
 def digest(token: str) -> bytes:
-    """What is kept of a token."""
+    """Return the SHA-256 of a token, which is stored instead of it."""
     return hashlib.sha256(bytes.fromhex(token)).digest()
 
 
 class _Sealed:
-    """Encrypts texts, each under a random nonce and bound to its place."""
+    """Encrypts texts, each with a random nonce and bound to its row (``place``)."""
 
     def __init__(self, key: Secret) -> None:
         self._aead = AESGCM(key.reveal())
@@ -112,11 +112,12 @@ class _Sealed:
 
 
 class Store:
-    """The tables. Its methods block, and may be called from any thread.
+    """The store. Its methods block, and may be called from any thread.
 
     Args:
-        path: a file, or ``None`` for a store that lasts as long as the server.
-        key_file: where the key of the file is; by default ``PATH.key``. It is made with the store.
+        path: a file, or ``None`` for a store in memory.
+        key_file: the file with the store's key, ``PATH.key`` by default. It is created with the
+            store.
     """
 
     def __init__(self, path: Path | None = None, key_file: Path | None = None) -> None:
@@ -142,7 +143,7 @@ class Store:
         [(version,)] = self._db.execute("PRAGMA user_version")
         [(tables,)] = self._db.execute("SELECT count(*) FROM sqlite_master")
         if tables and version != _FORMAT:
-            raise ChatError("it is not encrypted: an earlier version of this program wrote it")
+            raise ChatError("an earlier version of this program wrote it, without encryption")
         if path is not None:
             use_log(self._db, path)
         self._db.execute("PRAGMA synchronous = FULL")
@@ -158,21 +159,21 @@ class Store:
         self._db.close()
 
     def seats(self) -> list[Seat]:
-        """Everybody."""
+        """Return the seats of all participants."""
         return [Seat(*row) for row in self._read("SELECT * FROM seat")]
 
     def head(self) -> int:
-        """The identifier of the newest entry that there ever was."""
+        """Return the identifier of the newest entry ever written."""
         [(head,)] = self._read("SELECT coalesce(max(seq), 0) FROM sqlite_sequence")
         return int(head)
 
     def forgotten(self) -> int:
-        """The identifier up to which entries are no longer kept."""
+        """Return the identifier up to which entries have been deleted."""
         [(first,)] = self._read("SELECT min(id) FROM entry")
         return 0 if first is None else int(first) - 1
 
     def missed(self, nickname: str, after: int, up_to: int, limit: int) -> list[Entry]:
-        """The next entries for somebody who has been away."""
+        """Return the next entries for a participant who has been away, at most ``limit``."""
         rows = self._read(
             "SELECT DISTINCT entry.* FROM entry JOIN stay ON stay.room = entry.room AND"
             " entry.id BETWEEN stay.first AND coalesce(stay.last, entry.id)"
@@ -186,9 +187,9 @@ class Store:
         ]
 
     def apply(self, changes: Iterable[Change]) -> list[list[Entry]]:
-        """Write changes down, all or none; returns when they are on the disk.
+        """Write all changes or none. Returns when they are on the disk.
 
-        Raises ``ChatError`` where the disk does not take them.
+        Raises ``ChatError`` if they cannot be written.
         """
         with self._lock:
             try:

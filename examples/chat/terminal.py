@@ -1,7 +1,7 @@
-"""The user's side: an input line with history and a status line, or plain lines in a pipe.
+"""The user interface: an input line with history and a status line, or plain lines in a pipe.
 
-``prompt_toolkit`` has a loop of its own, so the input line lives in a thread; lines come from there
-one by one, and what is printed goes above it.
+``prompt_toolkit`` has its own event loop, so the input line runs in a thread, which passes on one
+line at a time. Output is printed above the input line.
 """
 
 import os
@@ -28,13 +28,13 @@ _HELP: Final = """\
 
 
 class Terminal:
-    """Shows what happens, and does what is typed.
+    """Prints events, and runs the commands that the user types.
 
     Args:
         basis: the origin of the keys, in a few words.
-        details: the same at length.
-        made_at: when they were made, in seconds since the epoch.
-        pad: what is left of a one-time pad; ``None`` where there is none.
+        details: the origin of the keys, in detail.
+        made_at: the time when the keys were made, in seconds since the epoch.
+        pad: the remaining budget of a one-time pad; ``None`` without a pad.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Terminal:
                 try:
                     await self._obey()
                 finally:
-                    # In this order: a reader that waits with a further line is cancelled.
+                    # In this order, so that a reader with a line to pass on is cancelled.
                     nursery.cancel_scope.cancel()
                     self._lines_in.close()
 
@@ -80,7 +80,7 @@ class Terminal:
         if client.online and pad is not None:
             parts.append(left_of(pad))
         if client.unacknowledged:
-            parts.append(f"{client.unacknowledged} on the way")
+            parts.append(f"{client.unacknowledged} unacknowledged")
         if client.trouble:
             parts.append(printable(client.trouble))
         return f"{client.nickname} in {client.room} | " + " | ".join(parts)
@@ -123,7 +123,7 @@ class Terminal:
             print(_HELP, flush=True)
 
     def _check_pad(self, text: str) -> None:
-        """Refuse what is longer than all the pad that there is, before any of it is sent."""
+        """Refuse a text that needs more key than the pad has left, before any of it is sent."""
         pad = self._pad()
         if pad is None or pad.stock is None:
             return
@@ -139,7 +139,7 @@ class Terminal:
             )
 
     async def _read_lines(self) -> None:
-        """Plain lines: a pipe, or a file."""
+        """Read plain lines from a pipe or a file."""
         unread = b""
         while data := await trio.to_thread.run_sync(os.read, 0, 65536, abandon_on_cancel=True):
             *lines, unread = (unread + data).split(b"\n")
@@ -155,7 +155,7 @@ class Terminal:
             print("the input line needs prompt_toolkit: pip install 'hybridkex[examples]'")
             await self._read_lines()
             return
-        # What is typed is kept in memory alone.
+        # The input history is kept in memory only.
         session = PromptSession[str](bottom_toolbar=self.status, refresh_interval=0.5)
         ended = threading.Event()
 
@@ -184,7 +184,7 @@ class Terminal:
 
 
 def _shown(news: Entry | Notice) -> str:
-    """One line, with nothing in it that a terminal would obey."""
+    """Format an event as one line without terminal control characters."""
     if isinstance(news, Notice):
         return f"* {printable(news.text)}"
     at = time.strftime("%H:%M", time.localtime(news.at))

@@ -1,7 +1,7 @@
-"""Files for two sites: ``python make_sites.py FOLDER``; compose.yaml beside it uses them.
+"""Make the files for two sites: ``python make_sites.py FOLDER``; compose.yaml uses them.
 
-Each KME gets a folder with its certificate, its sealing key and ``kme.toml``, each SAE one with its
-certificate. One authority signs all of them, and its key is not kept.
+Each KME gets a folder with its certificate, its sealing key and ``kme.toml``, and each SAE a folder
+with its certificate. One authority signs all certificates, and its key is not stored.
 """
 
 import argparse

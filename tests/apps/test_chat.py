@@ -835,7 +835,7 @@ async def test_seats_that_share_a_psk_count_by_network(store: Store) -> None:
             while not isinstance(farewell := await greedy[5].receive(), Bye):
                 assert farewell is not None
             assert (farewell.reason, farewell.again) == (
-                "your seat was needed for somebody who has fewer",
+                "your seat was needed for a participant with fewer seats",
                 False,
             )
             assert (await sit("m7", "10.0.0.1", nursery))[0] == "there is no seat left"

@@ -18,6 +18,7 @@ from pathlib import Path
 import httpx
 import pytest
 import trio
+from forked import Forkserver
 from waiting import until
 
 import hybridkex
@@ -393,23 +394,18 @@ NOBODY = "https://localhost:9/"
         ),
     ],
 )
-def test_an_example_that_cannot_work_says_why(tmp_path: Path, words: list[str], said: str) -> None:
+def test_an_example_that_cannot_work_says_why(
+    forkserver: Forkserver, tmp_path: Path, words: list[str], said: str
+) -> None:
     ca = DevCa.create()
     (tmp_path / "ca.pem").write_bytes(ca.pem)
-    chat = words[0] == "-m"
-    if chat:
-        words = [*words, "--psk", "site:" + "5a" * 32]
-    program = words if chat else [str(EXAMPLES / words[0]), *words[1:]]
-    done = subprocess.run(
-        [sys.executable, *program],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(EXAMPLES.parent)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    if words[0] == "-m":
+        program, words = "examples.chat.__main__", [*words[2:], "--psk", "site:" + "5a" * 32]
+    else:
+        program, words = str(EXAMPLES / words[0]), words[1:]
+    done = forkserver.run(*words, folder=tmp_path, program=program)
+    told = done.stderr.decode()
     assert done.returncode == 1
-    assert said in done.stderr
-    assert "Traceback" not in done.stderr
-    assert "None" not in done.stderr
+    assert said in told
+    assert "Traceback" not in told
+    assert "None" not in told

@@ -12,6 +12,7 @@ import json
 import os
 import pkgutil
 import resource
+import runpy
 import select
 import signal
 import socket
@@ -57,8 +58,13 @@ def become(request: dict[str, Any]) -> NoReturn:
         module, _, attribute = name.rpartition(".")
         vars(importlib.import_module(module))[attribute] = constant
     sys.argv = ["hybridkex", *request["words"]]
+    program = request["program"]
     try:
-        status = importlib.import_module(request["program"]).main()
+        if program.endswith(".py"):
+            runpy.run_path(program, run_name="__main__")
+            status = None
+        else:
+            status = importlib.import_module(program).main()
     except SystemExit as end:
         status = end.code
     if request["to_the_end"] or not isinstance(status, int | None):
@@ -221,7 +227,7 @@ class Forkserver:
             without: packages that are not there.
             to_the_end: take the interpreter apart as always, which writes once more what it could
                 not write before; 0.1 s.
-            program: the module whose ``main`` runs.
+            program: the module whose ``main`` runs, or the path of a script.
         """
         request = {
             "words": [str(word) for word in words],

@@ -1,6 +1,8 @@
 """Two ETSI GS QKD 014 clients that nobody here wrote, against the KME as a process."""
 
 import json
+import os
+import signal
 import ssl
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import httpx
 import pytest
 import trio
 from etsi_qkd_014_client import QKD014Client
+from forked import Forkserver
 from qkdsec.client import ETSI014Client
 from qkdsec.client.aio import AsyncETSI014Client
 from qkdsec.client.errors import KMEHTTPError
@@ -42,7 +45,7 @@ saes = ["{peer_sae}"]
 
 
 @contextmanager
-def running(site: Site, not_found: int) -> Iterator[dict[str, str]]:
+def running(forkserver: Forkserver, site: Site, not_found: int) -> Iterator[dict[str, str]]:
     """``hybridkex kme serve`` for two KMEs; gives the address of each."""
     text = ""
     sites = (("kme-a", "alice", "kme-b", "bob"), ("kme-b", "bob", "kme-a", "alice"))
@@ -52,15 +55,16 @@ def running(site: Site, not_found: int) -> Iterator[dict[str, str]]:
         text += PAIR.format(kme=kme, sae=sae, peer=peer, peer_sae=peer_sae, not_found=not_found)
     config = site.folder / "kme.toml"
     config.write_text(text)
-    command = [sys.executable, "-m", "hybridkex", "kme", "serve", str(config)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    reading, writing = os.pipe()
+    with os.fdopen(reading) as said:
+        with os.fdopen(writing, "wb") as out:
+            process = forkserver.start("kme", "serve", config, stdout=out)
         try:
-            assert process.stdout is not None
-            lines = [process.stdout.readline().split() for _ in range(2)]
+            lines = [said.readline().split() for _ in range(2)]
             yield {line[0]: line[-1].removeprefix("https://") for line in lines}
         finally:
-            process.terminate()
-            assert process.wait(timeout=20) == 0
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 0
 
 
 def stocked(stored_key_count: Callable[[], int]) -> None:
@@ -77,10 +81,10 @@ def files(folder: Path) -> tuple[str, str, str]:
 
 
 @pytest.mark.parametrize(("not_found", "warnings"), [(400, 1), (404, 0)])
-def test_qkdsec_doctor(site: Site, not_found: int, warnings: int) -> None:
+def test_qkdsec_doctor(forkserver: Forkserver, site: Site, not_found: int, warnings: int) -> None:
     """It wants 404 for an unknown key, so a KME that is true to the standard gets one warning."""
     certificate, key, ca = files(site.holder("alice"))
-    with running(site, not_found) as where:
+    with running(forkserver, site, not_found) as where:
         doctor = str(Path(sys.executable).with_name("qkdsec"))
         result = subprocess.run(
             [doctor, "doctor", f"https://{where['kme-a']}", "-s", "alice", "--cert", certificate,
@@ -95,9 +99,9 @@ def test_qkdsec_doctor(site: Site, not_found: int, warnings: int) -> None:
     assert unhappy == ["error_contract_404"][:warnings]
 
 
-def test_qkdsec_clients(site: Site) -> None:
+def test_qkdsec_clients(forkserver: Forkserver, site: Site) -> None:
     alice_files, bob_files = files(site.holder("alice")), files(site.holder("bob"))
-    with running(site, 400) as where:
+    with running(forkserver, site, 400) as where:
         with (
             ETSI014Client(
                 f"https://{where['kme-a']}", client_cert=alice_files[:2], verify=alice_files[2]
@@ -126,8 +130,8 @@ def test_qkdsec_clients(site: Site) -> None:
         trio.run(under_trio)
 
 
-def test_etsi_qkd_014_client(site: Site) -> None:
-    with running(site, 400) as where:
+def test_etsi_qkd_014_client(forkserver: Forkserver, site: Site) -> None:
+    with running(forkserver, site, 400) as where:
         alice = QKD014Client(where["kme-a"], *files(site.holder("alice")))
         bob = QKD014Client(where["kme-b"], *files(site.holder("bob")))
         code, status = alice.get_status("bob")

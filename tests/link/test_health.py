@@ -52,10 +52,15 @@ def with_bits(name: str, bits: Bits) -> tuple[Measured, Measured, LinkSettings]:
 def prbs(order: int) -> Bits:
     """The test sequence of ITU-T O.150 with this many bits of state."""
     tap = {7: 6, 9: 5, 15: 14, 20: 3, 23: 18}[order]
-    made = [1] * order
-    while len(made) < 2**order - 1:
-        made.append(made[-order] ^ made[-tap])
-    return np.array(made, np.uint8)
+    made, done, scale = np.ones(2**order - 1, np.uint8), order, 1
+    while done < len(made):
+        # The recurrence holds for distances times a power of two as well: squares modulo 2.
+        scale *= 2 if 2 * scale * order <= done else 1
+        step = min(scale * tap, len(made) - done)
+        far, near = done - scale * order, done - scale * tap
+        made[done : done + step] = made[far : far + step] ^ made[near : near + step]
+        done += step
+    return made
 
 
 ROW = np.arange(ROWS)

@@ -1,6 +1,7 @@
 """What the instrument does: dead time, memory, Eve with the theory's signature, pairs, fading."""
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -13,9 +14,10 @@ from hypothesis import strategies as st
 
 from hybridkex.cli import main
 from hybridkex.errors import BlockAborted, ConfigError, LinkError
+from hybridkex.link import optimise as optimise_module
 from hybridkex.link.eavesdroppers import PhotonNumberSplitting, eavesdropper
 from hybridkex.link.finite_key import Security, expected_counts, proof_for
-from hybridkex.link.optimise import expected_length, optimise, tuned
+from hybridkex.link.optimise import ROUGH, expected_length, optimise, tuned
 from hybridkex.link.physics import PHOTONS, Channel, PairSource, gain_from_yields
 from hybridkex.link.presets import PRESETS
 from hybridkex.link.quantum import OpticalLink
@@ -97,8 +99,11 @@ def test_settings_are_refused_or_fit_into_memory(options: dict) -> None:
 @pytest.mark.parametrize("block_bits", [1000, 3000, 20_000])
 @pytest.mark.parametrize("distance", [5, 120])
 async def test_small_blocks_end_in_keys_an_abort_or_one_line(
-    name: str, block_bits: int, distance: float
+    name: str, block_bits: int, distance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The settings need not be the best to a ten-millionth of the rate."""
+    roughly = functools.partial(optimise_module.optimise, tolerance=ROUGH)
+    monkeypatch.setattr(optimise_module, "optimise", roughly)
     try:
         chosen = tuned(PRESETS[name].at(distance), block_bits)
     except ConfigError:

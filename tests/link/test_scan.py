@@ -336,8 +336,9 @@ def test_the_price_of_the_leak_comes_from_a_scan() -> None:
 @pytest.mark.parametrize(
     "name", ["qkd-rates.csv", "qkd-blocks.csv", "qkd-bounds.csv", "qkd-leak.csv"]
 )
-def test_the_pictures_of_the_documentation_come_from_scans(name: str) -> None:
-    """docs/data has what the commands of the page write; a few rows are computed again."""
+def test_the_pictures_of_the_documentation_come_from_scans(name: str, thorough: bool) -> None:
+    """docs/data has what the commands of the page write; a few rows are computed again, all with
+    ``--thorough``."""
     docs = Path(__file__).parents[2] / "docs"
     rows = read_scan(docs / "data" / name)
     page = (docs / "qkd-link.md").read_text()
@@ -349,7 +350,8 @@ def test_the_pictures_of_the_documentation_come_from_scans(name: str) -> None:
     # Where a curve ends the search is at its hardest.
     last = {tuple(row[name] for name in set(points[0]) - {"distance_km"}): row
             for row in rows if row["rate"]}  # fmt: skip
-    for row in [*rows[:: max(1, len(rows) // 4)], *last.values()]:
+    few = rows if thorough else rows[:: max(1, len(rows) // 2)]
+    for row in [*few, *last.values()]:
         names = ("preset", "distance_km", "block_bits", "finite_key", "leak")
         point = {name: row[name] for name in names}
         again = evaluate(point)

@@ -587,8 +587,8 @@ def test_one_cut_at_each_boundary(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_one_cut_at_each_byte(name: str, thorough: bool) -> None:
-    """At each byte with ``--thorough``, else at up to 20 places of each delivery."""
+    """At each byte with ``--thorough``, else at up to 10 places of each delivery."""
     for number, data in enumerate(reference(name).deliveries):
-        step = 1 if thorough else len(data) // 20 + 1
+        step = 1 if thorough else len(data) // 10 + 1
         for place in range(1 + number % step, len(data), step):
             check(name, once(number, place), f"delivery {number} cut at {place}")

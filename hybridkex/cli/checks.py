@@ -63,7 +63,7 @@ EXTRAS: Final = {
     "kme": (("httpx", "httpcore", "h11", "prometheus_client"), "ETSI 014 client, KME server"),
     "apps": (("rich", "prometheus_client", "h11"), "tunnel; progress bars of send and receive"),
     "postgres": (("psycopg", "psycopg_pool"), "the key store of a KME in PostgreSQL"),
-    "link": (("numpy", "rich"), "the simulated QKD link"),
+    "link": (("numpy", "scipy", "rich"), "the simulated QKD link"),
     "plot": (("matplotlib",), "pictures of the link's rates"),
     "openpgp": (("pysequoia",), "raw public keys endorsed by OpenPGP signatures"),
 }

@@ -17,7 +17,7 @@ COMMAND: Final = Command(
     "options, and file names. Generate it again after an upgrade.",
     examples=[
         "completion bash > ~/.local/share/bash-completion/completions/hybridkex",
-        "completion zsh > ~/.zfunc/_hybridkex   # a folder of $fpath",
+        "completion zsh > ~/.zfunc/_hybridkex",
         "completion fish > ~/.config/fish/completions/hybridkex.fish",
     ],
     action=Action("completion", CompletionOptions, extra="completion"),

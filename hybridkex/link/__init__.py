@@ -7,7 +7,7 @@ detections is done here in full, by two parties that share only a quantum and a 
 
     entropy   physics   presets   satellite      the channel, its parameters, closed forms
     statistics   asymptotic   finite_key         confidence bounds; what a block is worth
-    simplex   optimise   scan   plots            the best settings for a distance; scans; pictures
+    optimise   scan   plots                      the best settings for a distance; scans; pictures
     randomness   quantum   pulses                the light, sampled or pulse by pulse
     eavesdroppers   interference                 Eve on the light, and on the classical channel
     wire   classical   authentication   ledger   the classical channel and its protection

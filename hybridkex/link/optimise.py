@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hybridkex.errors import ConfigError
 from hybridkex.link.entropy import binary_entropy
@@ -23,7 +24,6 @@ from hybridkex.link.finite_key import (
 from hybridkex.link.physics import Channel, PairSource, Source, Transmitter
 from hybridkex.link.presets import Preset
 from hybridkex.link.ranges import instance, one_of, within
-from hybridkex.link.simplex import Point, minimum
 
 NEAR_VACUUM: Final = 2e-4
 """The dimmest intensity that a modulator reaches (Lim et al. 2014, section IV)."""
@@ -130,9 +130,9 @@ def expected_length(
     return length, pulses
 
 
-def _source(settings: Point, like: PairSource | None) -> Transmitter | PairSource:
+def _source(settings: NDArray[np.float64], like: PairSource | None) -> Transmitter | PairSource:
     """Valid settings from unbounded numbers."""
-    free = [1.0 / (1.0 + math.exp(-min(max(one, -7.0), 7.0))) for one in settings]
+    free = [1.0 / (1.0 + math.exp(-min(max(one, -7.0), 7.0))) for one in settings.tolist()]
     if isinstance(like, PairSource):
         return replace(like, brightness=free[0], key_basis_probability=free[1])
     if len(free) == 5:
@@ -158,12 +158,12 @@ def _start(near: Source) -> tuple[float, ...]:
     return (*near.intensities[:2], p[0], *middle, near.key_basis_probability)
 
 
-def _free(settings: tuple[float, ...], pairs: bool) -> Point:
+def _free(settings: tuple[float, ...], pairs: bool) -> NDArray[np.float64]:
     """Settings in the form of :data:`STARTS` as unbounded numbers."""
     free = np.array(settings)
     if not pairs:
         free[1] /= free[0]  # the second intensity is a share of the first
-    numbers: Point = np.log(free / (1.0 - free)).tolist()
+    numbers: NDArray[np.float64] = np.log(free / (1.0 - free))
     return numbers
 
 
@@ -201,7 +201,7 @@ def optimise(  # noqa: C901, PLR0913  # keywords with defaults; one search
             proof=proof_for(transmitter, finite_key, smooth=smooth),
         )
 
-    def loss(settings: Point) -> float:
+    def loss(settings: NDArray[np.float64]) -> float:
         try:
             transmitter = _source(settings, pairs)
         except ConfigError:
@@ -212,10 +212,18 @@ def optimise(  # noqa: C901, PLR0913  # keywords with defaults; one search
         # Where there is no key, less of a debt is better, so that the search finds its way out.
         return -math.log(length.real / pulses) if length.real > 0 else NO_KEY - length.real / pulses
 
-    def search(start: Point, tolerance: float = tolerance) -> tuple[float, Point]:
-        return minimum(loss, start, near=0.3 * math.sqrt(tolerance), flat=tolerance)
+    def search(
+        start: NDArray[np.float64], tolerance: float = tolerance
+    ) -> tuple[float, NDArray[np.float64]]:
+        from scipy.optimize import minimize  # noqa: PLC0415  # 0.3 s, and few processes search
 
-    def arrive(start: Point, tolerance: float = tolerance) -> tuple[float, Point]:
+        options = {"maxiter": 1500, "xatol": 0.3 * math.sqrt(tolerance), "fatol": tolerance}
+        found = minimize(loss, start, method="Nelder-Mead", options=options)
+        return float(found.fun), found.x
+
+    def arrive(
+        start: NDArray[np.float64], tolerance: float = tolerance
+    ) -> tuple[float, NDArray[np.float64]]:
         least, best = search(start, tolerance)
         if least >= NO_KEY:  # nearly flat, so that a rough search ends at once
             least, best = search(best)
@@ -282,7 +290,7 @@ def rates(
     source = instance("preset", preset, Preset).transmitter
     pairs = source if isinstance(source, PairSource) else None
 
-    def rate(distance: float, settings: Point) -> float:
+    def rate(distance: float, settings: NDArray[np.float64]) -> float:
         chosen = _source(settings, pairs)
         length, pulses = expected_length(
             preset.channel.at(distance),
@@ -294,7 +302,7 @@ def rates(
         )
         return length.real / pulses
 
-    anchors: list[tuple[float, Point]] = []
+    anchors: list[tuple[float, NDArray[np.float64]]] = []
     near: Source | None = None
     distance, step = 0.0, ANCHOR_KM
     while step >= ANCHOR_KM / 8.0:
@@ -321,7 +329,9 @@ def rates(
     columns = np.array([settings for _, settings in anchors]).T
     found: list[tuple[float, float]] = []
     distance = 0.0
-    while (one := rate(distance, [float(np.interp(distance, places, c)) for c in columns])) > 0.0:
+    while (
+        one := rate(distance, np.array([np.interp(distance, places, c) for c in columns]))
+    ) > 0.0:
         found.append((distance, one))
         distance += CURVE_KM
     return found

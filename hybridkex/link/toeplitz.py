@@ -39,6 +39,7 @@ from typing import Final, cast
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import fft
 
 from hybridkex.errors import ConfigError
 from hybridkex.link.ranges import MOST_EVENTS, bit_array, whole, within
@@ -117,18 +118,6 @@ def _product(length: int, compiled: bool | None) -> Callable[[Bits, Bits], Bits]
     return _middle_product
 
 
-def _smooth(size: int) -> int:
-    """The first number from here on without a prime factor above 11: numpy is fast at those."""
-    while True:
-        rest = size
-        for prime in (2, 3, 5, 7, 11):
-            while rest % prime == 0:
-                rest //= prime
-        if rest == 1:
-            return size
-        size += 1
-
-
 class _Plan:
     """A transform of at least ``length`` real numbers: its shape and its factors.
 
@@ -139,7 +128,7 @@ class _Plan:
 
     def __init__(self, length: int) -> None:
         self.rows: Final = min(MAX_ROWS, 2 << max(0, round(math.log2(length) / 2.0) - 2))
-        self.columns: Final = _smooth(-(-length // self.rows))
+        self.columns: Final = fft.next_fast_len(-(-length // self.rows))
         self.half: Final = self.rows // 2 + 1
         row = np.arange(self.half)
         self._first: Final = self._turn(row[:, None] * np.arange(STRIP))

@@ -208,7 +208,7 @@ def test_the_extras_that_are_named_have_the_missing_package(name: str) -> None:
     """Whatever a command turns out to need, such as the simulator under a KME."""
     for parser in parsers(name):
         action: Action = parser.get_default("action")
-        for package in ("httpx", "rich", "numpy", "matplotlib", "psycopg", "pyarrow"):
+        for package in ("httpx", "rich", "numpy", "scipy", "matplotlib", "psycopg", "pyarrow"):
             missing = ModuleNotFoundError(name=f"{package}.inner")
             text = str(action._explained(missing))
             if action.extra is not None:

@@ -67,13 +67,13 @@ def test_what_is_missing_and_how_to_get_it(
 ) -> None:
     real = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "numpy" else real(name)
+        importlib.util, "find_spec", lambda name: None if name == "scipy" else real(name)
     )
     status, found = examined(capsys)
     assert status == 0
     link = found["extra [link]"]
     assert (link["works"], link["advice"]) == (False, "pip install 'hybridkex[link]'")
-    assert "numpy missing" in link["detail"]
+    assert "scipy missing" in link["detail"]
 
 
 def test_a_kme_that_is_there_and_one_that_is_gone(

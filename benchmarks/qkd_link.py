@@ -34,9 +34,9 @@ from numpy.typing import NDArray
 from benchmarks.results import replaced, table
 from hybridkex.link import asymptotic
 from hybridkex.link.cascade import Cascade
-from hybridkex.link.entropy import binary_entropy
 from hybridkex.link.party import verification_hash
 from hybridkex.link.presets import PRESETS
+from hybridkex.link.statistics import binary_entropy
 from hybridkex.link.toeplitz import compress, rounding_bound, seed_length
 from hybridkex.qkd.sqlite_store import SqliteKeyStore
 from hybridkex.secret import Secret

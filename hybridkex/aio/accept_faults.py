@@ -25,20 +25,16 @@ class _Handler:
 
     def __init__(self, before: Handler | None) -> None:
         self._before = before
-        self._servers = weakref.WeakSet[asyncio.Server]()
+        self.servers = weakref.WeakSet[asyncio.Server]()
         # The state lasts, and one line describes it.
         self._lines = BoundedLog(get_logger("hybridkex.aio"), rate=1 / 60, burst=1)
 
-    def watch(self, server: asyncio.Server) -> None:
-        self._servers.add(server)
-
-    def _is_ours(self, number: int) -> bool:
-        """Whether a server of ours listens there; one that was closed has no sockets."""
-        return any(number == one.fileno() for server in self._servers for one in server.sockets)
-
     def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         listening = context.get("socket")
-        ours = listening is not None and self._is_ours(listening.fileno())
+        # A server that was closed has no sockets.
+        ours = listening is not None and any(
+            listening.fileno() == one.fileno() for server in self.servers for one in server.sockets
+        )
         if ours and context.get("message") == _MESSAGE:
             reason = getattr(context.get("exception"), "strerror", None) or "out of memory"
             self._lines.log(
@@ -63,4 +59,4 @@ def report_accept_faults(server: asyncio.Server) -> None:
     if not isinstance(handler, _Handler):
         handler = _Handler(handler)
         loop.set_exception_handler(handler)
-    handler.watch(server)
+    handler.servers.add(server)

@@ -5,7 +5,7 @@ detections is done here in full, by two parties that share only a quantum and a 
 
 ::
 
-    entropy   physics   presets   satellite      the channel, its parameters, closed forms
+    physics   presets   satellite                the channel, its parameters, closed forms
     statistics   asymptotic   finite_key         confidence bounds; what a block is worth
     optimise   scan   plots                      the best settings for a distance; scans; pictures
     randomness   quantum   pulses                the light, sampled or pulse by pulse

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from hybridkex.errors import ConfigError
-from hybridkex.link.entropy import binary_entropy
 from hybridkex.link.physics import Channel
 from hybridkex.link.ranges import instance, within
+from hybridkex.link.statistics import binary_entropy
 
 HALF: Final = 0.5
 """e0, the error rate of a random bit, and q, the share of pulses with equal bases."""

@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from typing import ClassVar, Final, Protocol, TypeAlias
 
 from hybridkex.errors import ConfigError
-from hybridkex.link.entropy import binary_entropy
 from hybridkex.link.physics import Channel, Light, PairSource, Source, Transmitter
 from hybridkex.link.ranges import MOST_EVENTS, check_ranges, instance, one_of, within, within_all
 from hybridkex.link.statistics import (
+    binary_entropy,
     lower_of_mean,
     mean_upper,
     trials_upper,

@@ -6,11 +6,10 @@ import trio
 class TamperedStream(trio.abc.Stream):
     """A stream on which one bit of what is received is flipped."""
 
-    def __init__(self, stream: trio.abc.Stream, *, byte: int, bit: int = 0) -> None:
+    def __init__(self, stream: trio.abc.Stream, *, byte: int) -> None:
         """``byte``: its number among all bytes received, from 0."""
         self._stream = stream
         self._left = byte
-        self._mask = 1 << bit
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         await self._stream.send_all(data)
@@ -21,7 +20,7 @@ class TamperedStream(trio.abc.Stream):
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         data = bytearray(await self._stream.receive_some(max_bytes))
         if 0 <= self._left < len(data):
-            data[self._left] ^= self._mask
+            data[self._left] ^= 1
         self._left -= len(data)
         return bytes(data)
 

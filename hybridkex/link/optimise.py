@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybridkex.errors import ConfigError
-from hybridkex.link.entropy import binary_entropy
 from hybridkex.link.finite_key import (
     FINITE_KEY,
     FiniteKeyProof,
@@ -24,6 +23,7 @@ from hybridkex.link.finite_key import (
 from hybridkex.link.physics import Channel, PairSource, Source, Transmitter
 from hybridkex.link.presets import Preset
 from hybridkex.link.ranges import instance, one_of, within
+from hybridkex.link.statistics import binary_entropy
 
 NEAR_VACUUM: Final = 2e-4
 """The dimmest intensity that a modulator reaches (Lim et al. 2014, section IV)."""

@@ -50,7 +50,6 @@ from hybridkex.link.authentication import (
     suffices,
 )
 from hybridkex.link.classical import ClassicalChannel
-from hybridkex.link.entropy import binary_entropy
 from hybridkex.link.finite_key import Counts
 from hybridkex.link.health import check_chosen, check_measured
 from hybridkex.link.ledger import Direction, Ledger, Position
@@ -60,6 +59,7 @@ from hybridkex.link.randomness import Randomness
 from hybridkex.link.ranges import bit_array, instance, whole, within
 from hybridkex.link.reconciliation import Correction, ReconciliationError
 from hybridkex.link.settings import LinkSettings
+from hybridkex.link.statistics import binary_entropy
 from hybridkex.link.toeplitz import compress, seed_length
 from hybridkex.net.event_loop import in_thread
 from hybridkex.qkd.producer import ProducedKey

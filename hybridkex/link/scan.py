@@ -29,7 +29,6 @@ from hybridkex.errors import BlockAborted, ConfigError, LedgerDry, LinkError
 from hybridkex.files import PUBLIC, parsing, read_file, read_utf8, write_file
 from hybridkex.json_text import load_json
 from hybridkex.link.eavesdroppers import eavesdropper
-from hybridkex.link.entropy import binary_entropy
 from hybridkex.link.finite_key import FINITE_KEY, expected_counts
 from hybridkex.link.optimise import NoKeyError, tuned
 from hybridkex.link.party import Block
@@ -46,6 +45,7 @@ from hybridkex.link.ranges import (
 )
 from hybridkex.link.settings import LEAKS, LinkSettings
 from hybridkex.link.simulated import SimulatedLink, attack
+from hybridkex.link.statistics import binary_entropy
 
 Point = Mapping[str, Any]
 Row = dict[str, Any]

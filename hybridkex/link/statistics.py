@@ -28,6 +28,15 @@ STEPS = 100
 TERMS = 60
 
 
+def binary_entropy(share: float) -> float:
+    """Shannon's h(p) in bits; 0 outside the open interval (0, 1). Raises ``ConfigError``."""
+    share = finite("probability", share)
+    if not 0.0 < share < 1.0:
+        return 0.0
+    rest = 1.0 - share
+    return -share * math.log2(share) - rest * math.log2(rest)
+
+
 def _deviance(x: float, mean: float) -> float:
     """``x ln(x / mean) + mean - x`` without cancellation.
 

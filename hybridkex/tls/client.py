@@ -58,7 +58,7 @@ from hybridkex.values import value
 from hybridkex.wire import extensions as ext
 from hybridkex.wire import messages as wire
 from hybridkex.wire.codec import vector8, vector16
-from hybridkex.wire.message import Message
+from hybridkex.wire.layout import Message
 
 PeerName = DnsName | IpAddress
 

@@ -34,7 +34,7 @@ from hybridkex.tls.record_layer import RecordLayer
 from hybridkex.values import value
 from hybridkex.wire import update_messages as wire
 from hybridkex.wire.extensions import KeyShareEntry
-from hybridkex.wire.message import Message
+from hybridkex.wire.layout import Message
 from hybridkex.wire.messages import ImportedIdentity
 
 _Request: TypeAlias = wire.UpdateRequest | wire.FreshRequest

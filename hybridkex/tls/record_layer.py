@@ -41,7 +41,7 @@ from hybridkex.tls.protection import (
     content_length,
     plaintext_records,
 )
-from hybridkex.wire.message import Message
+from hybridkex.wire.layout import Message
 from hybridkex.wire.messages import HEADER_LENGTH, encode
 from hybridkex.wire.records import Record, RecordBuffer
 

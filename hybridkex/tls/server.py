@@ -47,7 +47,7 @@ from hybridkex.tls.transcript import Transcript
 from hybridkex.values import value
 from hybridkex.wire import extensions as ext
 from hybridkex.wire import messages as wire
-from hybridkex.wire.message import Message
+from hybridkex.wire.layout import Message
 
 
 class ServerState:

@@ -32,7 +32,7 @@ from hybridkex.tls.tickets import TicketIssuer, TicketState
 from hybridkex.tls.transcript import Transcript
 from hybridkex.values import value
 from hybridkex.wire import extensions as ext
-from hybridkex.wire.message import Message
+from hybridkex.wire.layout import Message
 from hybridkex.wire.messages import KeyUpdate, NewSessionTicket
 from hybridkex.wire.update_messages import FreshRequest, PadKey, UpdateRequest
 

@@ -10,6 +10,7 @@ from itertools import repeat
 from operator import call
 from typing import Any, ClassVar, Final, NamedTuple, Self
 
+from hybridkex.constants import HandshakeType
 from hybridkex.wire.codec import (
     Reader,
     u8,
@@ -96,3 +97,9 @@ class Laid:
 
     def body(self) -> bytes:
         return b"".join(map(call, self._writers, vars(self).values()))
+
+
+class Message(Laid):
+    """The base class of handshake messages (RFC 9846 section 4)."""
+
+    type: ClassVar[HandshakeType]

@@ -13,8 +13,7 @@ from hybridkex.reasons import Reason
 from hybridkex.values import value
 from hybridkex.wire.codec import Reader, fixed, u8, u16, u16_list, vector8, vector16, vector24
 from hybridkex.wire.extensions import Extensions, MessageKind, parse
-from hybridkex.wire.layout import REST, U16, U32, Laid, Layout, opaque
-from hybridkex.wire.message import Message
+from hybridkex.wire.layout import REST, U16, U32, Laid, Layout, Message, opaque
 from hybridkex.wire.update_messages import ExtendedKeyUpdate
 
 HEADER_LENGTH: Final = 4

@@ -13,8 +13,7 @@ from hybridkex.reasons import Reason
 from hybridkex.values import value
 from hybridkex.wire.codec import Reader, u8
 from hybridkex.wire.extensions import KEY_SHARE, KeyShareEntry
-from hybridkex.wire.layout import REST, Layout, opaque
-from hybridkex.wire.message import Message
+from hybridkex.wire.layout import REST, Layout, Message, opaque
 
 
 class Demand(IntEnum):

@@ -14,7 +14,6 @@ import scipy  # its modules are loaded when a test needs them: scipy.stats takes
 from scipy.optimize import brentq
 from scipy.special import rel_entr
 
-from hybridkex.link.entropy import binary_entropy
 from hybridkex.link.finite_key import (
     Counts,
     OneDecoy,
@@ -27,7 +26,13 @@ from hybridkex.link.finite_key import (
 )
 from hybridkex.link.physics import Transmitter
 from hybridkex.link.presets import PRESETS
-from hybridkex.link.statistics import mean_lower, mean_upper, trials_upper, unseen_errors
+from hybridkex.link.statistics import (
+    binary_entropy,
+    mean_lower,
+    mean_upper,
+    trials_upper,
+    unseen_errors,
+)
 
 POINTS = 200
 

@@ -15,7 +15,6 @@ from hybridkex.errors import ConfigError, LinkError
 from hybridkex.link import asymptotic
 from hybridkex.link.cascade import Cascade
 from hybridkex.link.eavesdroppers import eavesdropper
-from hybridkex.link.entropy import binary_entropy
 from hybridkex.link.finite_key import Counts, Security, expected_counts, proof_for
 from hybridkex.link.measured import Measured, distil, read_measured, write_measured
 from hybridkex.link.optimise import expected_length, rates, tuned
@@ -26,7 +25,13 @@ from hybridkex.link.satellite import SatellitePass
 from hybridkex.link.scan import evaluate, grid, read_scan, scan, write_scan
 from hybridkex.link.settings import MEMORY, LinkSettings
 from hybridkex.link.simulated import SimulatedLink
-from hybridkex.link.statistics import mean_lower, mean_upper, trials_upper, unseen_errors
+from hybridkex.link.statistics import (
+    binary_entropy,
+    mean_lower,
+    mean_upper,
+    trials_upper,
+    unseen_errors,
+)
 from hybridkex.link.toeplitz import compress, rounding_bound, seed_length
 
 POINT = {"tuned": False, "distance_km": 10.0}

@@ -12,10 +12,10 @@ import pytest
 import scipy  # its modules are loaded when a test needs them: scipy.stats takes 0.3 s
 
 from hybridkex.link.eavesdroppers import InterceptResend, NoEve, eavesdropper
-from hybridkex.link.entropy import binary_entropy
 from hybridkex.link.finite_key import Counts, SecretLength, Security, proof_for
 from hybridkex.link.physics import Channel, photon_chances
 from hybridkex.link.presets import PRESETS, Preset
+from hybridkex.link.statistics import binary_entropy
 
 SHARE = 0.02
 """Of epsilon, for each bound."""

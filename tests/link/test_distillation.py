@@ -17,10 +17,10 @@ from hybridkex.errors import ConfigError, LedgerDry, LedgerLost, LinkAuthenticat
 from hybridkex.link import cascade, cascade_arrays
 from hybridkex.link.authentication import Signatures, WegmanCarter, collision_probability
 from hybridkex.link.cascade import Cascade, Plan
-from hybridkex.link.entropy import binary_entropy
 from hybridkex.link.ledger import LANE_RESERVE, Direction, Ledger
 from hybridkex.link.party import verification_hash
 from hybridkex.link.reconciliation import Reconciler, ReconciliationError
+from hybridkex.link.statistics import binary_entropy
 from hybridkex.link.toeplitz import MAX_INPUT, compress, rounding_bound, seed_length
 from hybridkex.link.wire import (
     Corrected,

@@ -34,7 +34,7 @@ from hybridkex.tls.connection import Connection
 from hybridkex.tls.events import ApplicationData, PskWanted, SessionProposed
 from hybridkex.tls.session import MemoryTicketStore
 from hybridkex.wire.extensions import EarlyDataIndication, Extensions
-from hybridkex.wire.message import Message
+from hybridkex.wire.layout import Message
 from hybridkex.wire.messages import ClientHello, decode, encode
 
 Cut = Callable[[int, bytes], list[bytes]]

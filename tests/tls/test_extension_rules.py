@@ -16,7 +16,7 @@ from hybridkex.tls.config import ClientConfig, ServerConfig
 from hybridkex.wire import extensions as ext
 from hybridkex.wire.codec import Reader, u8
 from hybridkex.wire.extensions import Extensions, MessageKind
-from hybridkex.wire.message import Message
+from hybridkex.wire.layout import Message
 from hybridkex.wire.messages import ClientHello, decode, encode
 
 SHORT = {

@@ -68,7 +68,7 @@ from hybridkex.tls.events import (
 from hybridkex.tls.protection import WriteProtection
 from hybridkex.wire import extensions as ext
 from hybridkex.wire.extensions import KeyShareEntry
-from hybridkex.wire.message import Message
+from hybridkex.wire.layout import Message
 from hybridkex.wire.messages import KeyUpdate, NewSessionTicket, encode
 from hybridkex.wire.update_messages import (
     DeclineReason,

@@ -34,7 +34,7 @@ from hybridkex.tls.policy import Authentication, Policy, Requirement
 from hybridkex.tls.session import MemoryTicketStore
 from hybridkex.wire import extensions as ext
 from hybridkex.wire.extensions import Extensions
-from hybridkex.wire.message import Message
+from hybridkex.wire.layout import Message
 from hybridkex.wire.messages import ImportedIdentity, decode, encode
 
 KEY = Secret(bytes(range(32)))

@@ -19,7 +19,7 @@ from hybridkex.tls.session import MemoryTicketStore
 from hybridkex.tls.tickets import MAX_TICKET
 from hybridkex.wire import extensions as ext
 from hybridkex.wire.extensions import Extensions
-from hybridkex.wire.message import Message
+from hybridkex.wire.layout import Message
 from hybridkex.wire.messages import ClientHello, HelloRetryRequest, NewSessionTicket, decode, encode
 
 KEY = Secret(bytes(range(32)))

@@ -65,7 +65,7 @@ from hybridkex.tls.policy import Authentication, Policy, Requirement
 from hybridkex.tls.session import AuthenticatedBy, MemoryTicketStore
 from hybridkex.tls.tickets import CookieProtector, TicketIssuer
 from hybridkex.wire.extensions import EarlyDataIndication, Extensions
-from hybridkex.wire.message import Message
+from hybridkex.wire.layout import Message
 from hybridkex.wire.messages import ClientHello, ImportedIdentity, decode, encode
 
 

@@ -16,7 +16,7 @@ from hybridkex.secret import Secret
 from hybridkex.tls.config import ClientConfig, ServerConfig
 from hybridkex.wire import extensions as ext
 from hybridkex.wire.extensions import Extensions
-from hybridkex.wire.message import Message
+from hybridkex.wire.layout import Message
 from hybridkex.wire.messages import decode, encode
 
 Edit = Callable[[Any], Message]

@@ -23,7 +23,7 @@ from hybridkex.tls.connection import ServerConnection
 from hybridkex.tls.policy import Authentication, Policy, Requirement
 from hybridkex.tls.session import AuthenticatedBy, MemoryTicketStore
 from hybridkex.wire import extensions as ext
-from hybridkex.wire.message import Message
+from hybridkex.wire.layout import Message
 from hybridkex.wire.messages import decode
 
 EITHER = Policy(

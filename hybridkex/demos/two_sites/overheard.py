@@ -74,8 +74,9 @@ def overhear(capture: Path, sent: Path, marker: bytes) -> Overheard:
             sent.
     """
     needles = [marker, *_pieces(sent)]
-    if not _search([marker], _beginning(sent)):
-        raise RecordingError("the search cannot find the marker even in what was sent")
+    with sent.open("rb") as file:
+        if not _search([marker], file.read(4096)):
+            raise RecordingError("the search cannot find the marker even in what was sent")
     connections, others = read_capture(capture)
     if len(connections) != 1 or others:
         count = len(connections) + len(others)
@@ -101,11 +102,6 @@ def overhear(capture: Path, sent: Path, marker: bytes) -> Overheard:
 
 def _search(needles: Sequence[bytes], haystack: bytes) -> bool:
     return any(needle in haystack for needle in needles)
-
-
-def _beginning(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(4096)
 
 
 def _pieces(path: Path) -> list[bytes]:

@@ -10,9 +10,7 @@ import argparse
 import dataclasses
 import gc
 import importlib
-import re
 import signal
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field
@@ -20,15 +18,13 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Final, TypeVar, cast, get_args, get_origin, get_type_hints
 
+from hybridkex.cli.extras import modules_of_extras
 from hybridkex.cli.help_text import HelpFormatter, below_options, paragraphs
 from hybridkex.cli.values import comma_list, file_path, number, whole_number
 from hybridkex.errors import ConfigError
 from hybridkex.machine import hangup_mask
 
 T = TypeVar("T")
-
-_OF_EXTRA: Final = re.compile(r"([\w.-]+).*extra == ['\"]([\w-]+)")
-"""A line of Requires-Dist that is for an extra."""
 
 _PARSED: Final[dict[object, dict[str, Any]]] = {
     int: {"type": whole_number, "metavar": "N"},
@@ -262,18 +258,11 @@ class Action:
 
 def _extras(declared: str, package: str) -> str:
     """The extras of a command, and the smallest one with the package if none of them has it."""
-    from importlib import metadata  # noqa: PLC0415  # 20 modules, which no --help needs
-
-    try:
-        required = metadata.requires("hybridkex") or ()
-    except metadata.PackageNotFoundError:  # a checkout that is not installed
-        return declared
-    found = [one.groups() for one in map(_OF_EXTRA.match, required) if one]
-    extras = [extra for name, extra in found if name.replace("-", "_") == package]
+    found = modules_of_extras()
+    extras = [extra for extra, modules in found.items() if package in modules]
     if not extras or not set(extras).isdisjoint(declared.split(",")):
         return declared
-    sizes = Counter(extra for _, extra in found)
-    return f"{declared},{min(extras, key=sizes.__getitem__)}"
+    return f"{declared},{min(extras, key=lambda extra: len(found[extra]))}"
 
 
 @contextmanager

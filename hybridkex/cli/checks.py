@@ -19,6 +19,7 @@ from cryptography.hazmat.backends.openssl.backend import backend
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, mldsa, mlkem, rsa, x25519
 
 from hybridkex.auth import DevCa, TrustStore
+from hybridkex.cli.extras import modules_of_extras
 from hybridkex.crypto.kex import ALL_GROUPS
 from hybridkex.crypto.oqs import oqs_status
 from hybridkex.crypto.rsa_pss import RsaPssKey
@@ -60,13 +61,20 @@ RFC_8448: Final = (
 """Section 3: the early secret without a PSK, and what "derived" makes of it."""
 
 EXTRAS: Final = {
-    "kme": (("httpx", "httpcore", "h11", "prometheus_client"), "ETSI 014 client, KME server"),
-    "apps": (("rich", "prometheus_client", "h11"), "tunnel; progress bars of send and receive"),
-    "postgres": (("psycopg", "psycopg_pool"), "the key store of a KME in PostgreSQL"),
-    "link": (("numpy", "scipy", "rich"), "the simulated QKD link"),
-    "plot": (("matplotlib",), "pictures of the link's rates"),
-    "openpgp": (("pysequoia",), "raw public keys endorsed by OpenPGP signatures"),
+    "kme": "ETSI 014 client, KME server",
+    "apps": "tunnel; progress bars of send and receive",
+    "postgres": "the key store of a KME in PostgreSQL",
+    "completion": "completion in the shell",
+    "link": "the simulated QKD link",
+    "fast": "compiled error correction for the link",
+    "parquet": "detections and scans of the link as Parquet files",
+    "dask": "scans of the link on a Dask cluster",
+    "plot": "pictures of the link's rates",
+    "openpgp": "raw public keys endorsed by OpenPGP signatures",
+    "anyio": "hybridkex.anyio",
+    "http": "adapters for httpx, hypercorn and uvicorn",
 }
+"""The purpose of each extra; liboqs has a check of its own."""
 HANDSHAKE_LIMIT: Final = 30.0
 
 
@@ -236,7 +244,9 @@ def _liboqs() -> Finding:
 
 
 def _extras() -> Iterator[Finding]:
-    for extra, (modules, purpose) in EXTRAS.items():
+    for extra, modules in modules_of_extras().items():
+        if (purpose := EXTRAS.get(extra)) is None:
+            continue
         missing = [name for name in modules if importlib.util.find_spec(name) is None]
         yield Finding(
             name=f"extra [{extra}]",

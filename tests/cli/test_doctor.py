@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,16 @@ def test_what_is_missing_and_how_to_get_it(
     link = found["extra [link]"]
     assert (link["works"], link["advice"]) == (False, "pip install 'hybridkex[link]'")
     assert "scipy missing" in link["detail"]
+
+
+def test_every_extra_for_users_is_examined(capsys: pytest.CaptureFixture[str]) -> None:
+    _, found = examined(capsys)
+    declared = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    extras = set(declared["project"]["optional-dependencies"])
+    others = {"oqs", "all", "examples", "test", "docs", "dev"}  # liboqs has a check of its own
+    assert {f"extra [{one}]" for one in extras - others} == {
+        name for name in found if name.startswith("extra ")
+    }
 
 
 def test_a_kme_that_is_there_and_one_that_is_gone(

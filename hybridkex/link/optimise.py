@@ -6,7 +6,7 @@ given number of key-basis detections.
 
 import math
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -248,6 +248,20 @@ def optimise(  # noqa: C901, PLR0913  # keywords with defaults; one search
     return Optimum(transmitter=transmitter, length=length, pulses=pulses, rate=length.real / pulses)
 
 
+def _best(preset: Preset, block_bits: float, **more: Any) -> Optimum | None:
+    """:func:`optimise` for the channel and the kind of source of a preset."""
+    source = preset.transmitter
+    return optimise(
+        preset.channel,
+        key_detections=block_bits,
+        f=preset.efficiency,
+        intensities=len(source.probabilities),
+        security=preset.security,
+        pairs=source if isinstance(source, PairSource) else None,
+        **more,
+    )
+
+
 def tuned(
     preset: Preset, block_bits: int, *, finite_key: str = FINITE_KEY[0], where: str | None = None
 ) -> Preset:
@@ -257,16 +271,8 @@ def tuned(
     where no key can be made at all, and ``ConfigError``.
     """
     within("block_bits", block_bits, *BLOCK_BITS)
-    source = instance("preset", preset, Preset).transmitter
-    best = optimise(
-        preset.channel,
-        key_detections=block_bits,
-        f=preset.efficiency,
-        intensities=len(source.probabilities),
-        security=preset.security,
-        finite_key=finite_key,
-        pairs=source if isinstance(source, PairSource) else None,
-    )
+    instance("preset", preset, Preset)
+    best = _best(preset, block_bits, finite_key=finite_key)
     if best is None:
         remedy = "shorten the fibre" if where is None else "lower the loss"
         where = where or f"{preset.channel.distance_km:g} km"
@@ -306,16 +312,8 @@ def rates(
     near: Source | None = None
     distance, step = 0.0, ANCHOR_KM
     while step >= ANCHOR_KM / 8.0:
-        best = optimise(
-            preset.channel.at(distance),
-            key_detections=block_bits,
-            f=preset.efficiency,
-            intensities=len(source.probabilities),
-            security=preset.security,
-            near=near,
-            finite_key=finite_key,
-            pairs=pairs,
-            tolerance=3e-4,
+        best = _best(
+            preset.at(distance), block_bits, near=near, finite_key=finite_key, tolerance=3e-4
         )
         if best is not None:
             near = best.transmitter

@@ -28,13 +28,10 @@ STEPS = 100
 TERMS = 60
 
 
-def binary_entropy(share: float) -> float:
+def binary_entropy(probability: float) -> float:
     """Shannon's h(p) in bits; 0 outside the open interval (0, 1). Raises ``ConfigError``."""
-    share = finite("probability", share)
-    if not 0.0 < share < 1.0:
-        return 0.0
-    rest = 1.0 - share
-    return -share * math.log2(share) - rest * math.log2(rest)
+    p = finite("probability", probability)
+    return -p * math.log2(p) - (1.0 - p) * math.log2(1.0 - p) if 0.0 < p < 1.0 else 0.0
 
 
 def _deviance(x: float, mean: float) -> float:

@@ -42,12 +42,12 @@ _SOCKET: Final[dict[str, Any]] = {
     "server_addr": anyio.abc.SocketAttribute.remote_address,
     "socket": anyio.abc.SocketAttribute.raw_socket,
 }
-"""httpcore's names for what anyio knows of a socket."""
+"""httpcore's names for anyio's socket attributes."""
 
 
 class SecureTransport(httpx.AsyncHTTPTransport):
-    """A transport for ``httpx.AsyncClient(transport=...)``. With ``proxy=`` the client does not use
-    it, but httpx's own TLS.
+    """A transport for ``httpx.AsyncClient(transport=...)``. A client with ``proxy=`` uses httpx's
+    own TLS instead.
 
     The extension ``network_stream`` of a response answers ``get_extra_info("session")`` with the
     :class:`~hybridkex.Session`.
@@ -74,8 +74,8 @@ class SecureTransport(httpx.AsyncHTTPTransport):
 
 
 class _Pool(httpcore.AsyncConnectionPool):
-    """httpcore's pool, which never releases a connection whose request is cancelled before it has
-    begun (httpcore issue 1093); this one does not."""
+    """httpcore's pool with a fix: httpcore never releases a connection whose request is cancelled
+    before it has begun (httpcore issue 1093)."""
 
     def _assign_requests_to_connections(self) -> list[httpcore.AsyncConnectionInterface]:
         used = [request.connection for request in self._requests]
@@ -90,7 +90,7 @@ class _Pool(httpcore.AsyncConnectionPool):
 
 
 def pool_options(config: ClientConfig) -> dict[str, Any]:
-    """What makes hybridkex the TLS of a pool of httpcore, such as of one behind a proxy::
+    """Make the options with which a pool of httpcore, such as one behind a proxy, uses hybridkex::
 
         httpcore.AsyncHTTPProxy(proxy_url=url, **pool_options(config))
 
@@ -115,7 +115,8 @@ class SecureBackend(httpcore.AsyncNetworkBackend):
 
     Args:
         config: the configuration of every connection, ``alpn`` included.
-        servers: what httpcore names for the TLS of servers; that of a proxy has another one.
+        servers: the context that httpcore passes for the TLS of servers; for that of a proxy it
+            passes another one.
 
     Raises:
         ConfigError: ``config`` is not a ``ClientConfig``.
@@ -188,7 +189,7 @@ class _Stream(httpcore.AsyncNetworkStream):
         server_hostname: str | None = None,
         timeout: float | None = None,
     ) -> httpcore.AsyncNetworkStream:
-        """Secure the stream. ``ssl_context``, of the standard library, is only a name."""
+        """Secure the stream. ``ssl_context`` only tells whether the peer is a proxy or a server."""
         with _errors(httpcore.ConnectTimeout, httpcore.ConnectError), anyio.fail_after(timeout):
             secure = await SecureByteStream.wrap(
                 self._stream,
@@ -212,15 +213,15 @@ class _Stream(httpcore.AsyncNetworkStream):
             await self._stream.send(buffer)
 
     async def aclose(self) -> None:
-        # HTTP has marked its end: the server does not wait for close_notify, nor we for the server.
+        # HTTP has marked the end of the data, so neither end waits for close_notify.
         await anyio.aclose_forcefully(self._stream)
 
     def get_extra_info(self, info: str) -> Any:
-        """``ssl_object`` tells httpcore the protocol that ALPN selected; ``session`` is ours;
-        ``client_addr``, ``server_addr`` and ``socket`` are httpcore's names.
+        """Return ``ssl_object``, which tells httpcore the ALPN protocol, our ``session``, or
+        httpcore's ``client_addr``, ``server_addr`` and ``socket``.
 
-        ``is_readable`` tells it not to send the next request over a connection on which something
-        has come meanwhile: the server's end, or a key update, for which nobody received.
+        If ``is_readable`` is true, httpcore does not send the next request over this connection:
+        the server has closed it or sent a key update, which has not been received yet.
         """
         secure = self._stream
         if isinstance(secure, SecureByteStream):
@@ -244,11 +245,11 @@ def _errors(late: type[Exception], broken: type[Exception]) -> Iterator[None]:
     try:
         yield
     except TimeoutError as error:
-        raise late("no answer in time") from error
+        raise late("the server did not answer in time") from error
     except (
         OSError,
         anyio.BrokenResourceError,
         anyio.ClosedResourceError,
-        ConfigError,  # the name in a URL, which a server's redirect may choose, is none
+        ConfigError,  # a URL or a server's redirect has an invalid host name
     ) as error:
         raise broken(said(error.__cause__ or error)) from error

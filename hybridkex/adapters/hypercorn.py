@@ -32,14 +32,14 @@ __all__ = ["serve"]
 _Tasks = Collection["asyncio.Task[Any]"]
 
 _LOST_SECONDS: Final = 0.1
-"""The time that a connection has to end once its transport is gone, before its tasks are
-cancelled; and between two cancellations."""
+"""Seconds from the loss of a connection's transport to the cancellation of its tasks, and between
+two cancellations."""
 _CANCEL_SECONDS: Final = 3.0
-"""How long tasks are cancelled repeatedly, in seconds: an application may catch a cancellation."""
+"""Seconds for which tasks are cancelled repeatedly: an application may catch a cancellation."""
 _SERVING: Final = dict[asyncio.Event, asyncio.AbstractEventLoop]()
-"""What ends the servers of this process at SIGTERM, and the loop of each."""
+"""The events that end the servers of this process at SIGTERM, with the loop of each."""
 _ACCEPT_TURNS: Final = 3
-"""Turns of the loop after which a connection that it has accepted has a transport."""
+"""Iterations of the loop after which an accepted connection has a transport."""
 
 
 async def serve(
@@ -107,8 +107,8 @@ async def serve(
         task.add_done_callback(ended)
 
     async def connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        # The loop would report them: hypercorn does not catch the ssl.SSLError of a connection that
-        # ended with a record that is not authentic.
+        # Otherwise the loop would report them: hypercorn does not catch the ssl.SSLError of a
+        # connection that ended with a forged record.
         with suppress(ConnectionError):
             try:
                 await TCPServer(application, loop, settings, context, state, reader, writer)
@@ -140,9 +140,9 @@ async def serve(
 
 @contextmanager
 def _sigterm() -> Iterator[asyncio.Event]:
-    """An event that SIGTERM sets. A handler of the program's own is left alone, now and later."""
+    """Yield an event that SIGTERM sets. The program's own handlers, earlier and later, stay."""
     event = asyncio.Event()
-    main = threading.current_thread() is threading.main_thread()  # only that one has signals
+    main = threading.current_thread() is threading.main_thread()  # only it handles signals
     if not main or signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, _terminate):
         yield event
         return
@@ -168,7 +168,7 @@ async def _end(
     tasks: "set[asyncio.Task[Any]]",
     seconds: float,
 ) -> None:
-    """End all connections: those that are served after this time, or when cancelled."""
+    """End all connections: those being served after ``seconds``, or when this is cancelled."""
     for _ in range(_ACCEPT_TURNS):
         seconds = seconds if await _wait((), 0) else 0
     for transport in transports - served:  # in a handshake
@@ -185,9 +185,9 @@ async def _end(
 
 
 async def _wait(tasks: _Tasks, seconds: float) -> bool:
-    """Wait until these tasks have ended, for so long; without tasks, for a turn of the loop.
+    """Wait at most ``seconds`` for the end of these tasks; without tasks, one loop iteration.
 
-    Returns whether no cancellation has ended it.
+    Returns false if a cancellation ended the wait.
     """
     try:
         await (asyncio.wait(tasks, timeout=seconds) if tasks else asyncio.sleep(0))

@@ -35,8 +35,8 @@ def secure_http(
     """Make the value for ``uvicorn.run(http=...)`` or ``uvicorn.Config(http=...)``.
 
     Args:
-        config: the configuration of the server. Its ``alpn`` is empty or names what ``protocol``
-            speaks: ``("http/1.1",)``.
+        config: the configuration of the server. Its ``alpn`` is empty or names the protocols of
+            ``protocol``: ``("http/1.1",)``.
         protocol: uvicorn's protocol class for the decrypted data.
         ssl_handshake_timeout: seconds for a handshake; ``None`` for 10.
 

@@ -1,4 +1,4 @@
-"""The time to wait before the next attempt."""
+"""Delays between attempts to connect."""
 
 import random
 
@@ -27,7 +27,7 @@ class Backoff:
         """The next wait, in seconds."""
         longest = min(self._most, self._first * 2.0 ** min(self.tries, 60))
         self.tries += 1
-        # At least a quarter, since zero would be no wait at all.
+        # The jitter leaves at least a quarter of the wait.
         return longest * random.uniform(0.25, 1.0)
 
     def reset(self) -> None:

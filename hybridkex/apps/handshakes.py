@@ -6,7 +6,7 @@ from hybridkex.machine import broken
 
 
 def handshake_failed(error: BaseException, config: ClientConfig | ServerConfig) -> str:
-    """Why a handshake failed, with the next step if a likely one is known.
+    """Describe why a handshake failed, with the next step if one is likely.
 
     OpenSSL before 3.5 answers a client without classical groups with handshake_failure, and other
     servers just close the connection.

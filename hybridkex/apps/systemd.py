@@ -1,4 +1,4 @@
-"""The signals of a service manager, and the reports to it (sd_notify(3))."""
+"""Signals from a service manager, and reports to it (sd_notify(3))."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ NOTIFY_SECONDS: Final = 1.0
 
 @contextmanager
 def open_signals() -> Iterator[AsyncIterator[int]]:
-    """The signals for :func:`obey`, and a SIGHUP that has been blocked since the command began."""
+    """Receive signals for :func:`obey`, including a SIGHUP blocked since the command began."""
     with trio.open_signal_receiver(*SIGNALS) as received, hangup_mask(signal.SIG_UNBLOCK):
         yield received
 

@@ -12,8 +12,8 @@ from trio.abc import HalfCloseableStream
 
 
 def set_reset(stream: trio.SocketStream, on_close: bool) -> None:
-    """Say whether the socket is reset when it is closed, also by the kernel when this process is
-    killed. There is no such thing at a Unix socket."""
+    """Set whether closing the socket resets the connection, also when the kernel closes it because
+    this process is killed. A Unix socket has no reset."""
     with contextlib.suppress(OSError):
         stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", on_close, 0))
 
@@ -25,7 +25,7 @@ def reset(stream: trio.SocketStream) -> None:
 
 
 def last_attempt(error: OSError) -> BaseException:
-    """The error of the last address that was tried, or the error itself."""
+    """Return the error of the last address that was tried, or the error itself."""
     cause = error.__cause__
     while isinstance(cause, BaseExceptionGroup) and cause.exceptions:
         cause = cause.exceptions[-1]
@@ -33,7 +33,7 @@ def last_attempt(error: OSError) -> BaseException:
 
 
 def os_reason(error: OSError) -> str:
-    """The reason of the last attempt to connect."""
+    """Return the reason why the last attempt to connect failed."""
     reason = last_attempt(error)
     if not isinstance(reason, OSError) or reason.strerror is None:
         return str(reason)
@@ -59,7 +59,7 @@ _ADVICE: Final = {
 
 
 def no_connection(error: Exception) -> str:
-    """Why a TCP connection or port cannot be opened, and what can be done about it."""
+    """Describe why a TCP connection or port cannot be opened, with the next step."""
     if not isinstance(error, OSError):
         return "this is not a valid host name"
     last = last_attempt(error)
@@ -70,7 +70,7 @@ def no_connection(error: Exception) -> str:
 
 
 class CountingStream(HalfCloseableStream):
-    """Counts the bytes of a stream; underneath a secure stream, those on the wire."""
+    """A stream that counts its bytes; underneath a secure stream, those on the wire."""
 
     def __init__(self, stream: trio.SocketStream) -> None:
         self.stream: Final = stream

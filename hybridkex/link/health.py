@@ -1,20 +1,20 @@
-"""Health tests: whether Alice's bits can be what the bounds take them for.
+"""Health tests of Alice's bits, which the bounds assume to be random.
 
 The bounds for laser pulses assume that Alice's bits are uniform and independent, of each other and
-of everything else that Alice chooses. No test shows that; a test can only show the opposite, and
-these do so for mistakes such as a wrong column, an output that is not connected, or a test pattern:
+of everything else that Alice chooses. No test can prove this; these tests only detect mistakes such
+as a wrong column, an output that is not connected, or a test pattern:
 
-* frequency: ones among the bits of each basis and intensity (SP 800-22, section 2.1);
+* frequency: the number of ones for each basis and intensity (SP 800-22, section 2.1);
 * autocorrelation: whether a bit differs from the one 1 to :data:`LAGS` places earlier (the first
   of them is the runs test of SP 800-22, section 2.3), and in the first :data:`FOLDED` detections
   from the one at any distance, which shows rows that repeat;
 * the same for the last bit before it whose pulse has the same place in a pattern of
   :data:`PATTERNS` pulses, which shows patterns that Alice's modulator repeats;
 * the Adaptive Proportion Test and the Repetition Count Test (NIST SP 800-90B, section 4.4), which
-  see a part of the block that fails.
+  detect a failure in a part of the block.
 
 Differences of uniform independent bits at a fixed distance are uniform and independent themselves.
-So each test but the last compares a number of fair coins with the bounds of
+So each test but the last compares the number of heads of fair coins with the bounds of
 :mod:`hybridkex.link.statistics`, and all of them together refuse good bits with a probability of at
 most :data:`FALSE_ALARM`.
 
@@ -35,20 +35,20 @@ from hybridkex.errors import NotRandom
 from hybridkex.link.statistics import mean_lower, mean_upper
 
 FALSE_ALARM: Final = 2.0**-40
-"""The probability, at most, that a block of good bits is refused."""
+"""An upper bound on the probability that a block of good bits is refused."""
 MOST_TESTS: Final = 1 << 7
 SHARE: Final = FALSE_ALARM / (2 * MOST_TESTS)
-"""Of one test in one direction."""
+"""The false-alarm probability of one test in one direction."""
 KINDS: Final = 4
-"""Intensities, at most."""
+"""The maximum number of intensities."""
 LAGS: Final = 32
 WINDOW: Final = 1024
-"""Bits, as in SP 800-90B for a binary source."""
+"""The window size in bits, as in SP 800-90B for a binary source."""
 PATTERNS: Final = (55_440, 64_000, *(2**order - 1 for order in (7, 9, 11, 13, 15, 20, 23)))
 """Lengths in pulses; every divisor is tested with them (all up to 12; 2^9, 5^3 and 1,000). The
 others are those of the binary test sequences that pattern generators have (ITU-T O.150, O.151)."""
 FOLDED: Final = 1 << 18
-"""Detections that are searched for repetitions, at most."""
+"""The maximum number of detections that are searched for repetitions."""
 
 Bits = NDArray[np.uint8]
 
@@ -97,7 +97,7 @@ def _chosen(bit: Bits, basis: Bits, intensity: Bits, pulse: NDArray[np.int64]) -
 
 
 def _series(bit: Bits, name: str, bias: float = 0.0) -> Iterator[str]:
-    """Faults of bits in the order of time; their share of ones is within ``bias`` of half."""
+    """Faults of bits in the order of time, whose share of ones may be within ``bias`` of half."""
     yield from _coins(bit, len(bit), f"{name} are ones", bias)
     for lag in range(1, min(LAGS, len(bit) - 1) + 1):
         flips = bit[lag:] != bit[:-lag]
@@ -118,7 +118,7 @@ def _series(bit: Bits, name: str, bias: float = 0.0) -> Iterator[str]:
 
 def _repeats(bit: Bits, name: str, bias: float) -> Iterator[str]:
     """Faults at distances beyond :data:`LAGS`, of all distances at once (Wiener-Khinchin)."""
-    size = 1 << (2 * len(bit)).bit_length()  # zeros behind the bits: nothing wraps around
+    size = 1 << (2 * len(bit)).bit_length()  # zero padding, so that nothing wraps around
     spectrum = np.fft.rfft(1.0 - 2.0 * bit, size)
     equal = np.fft.irfft(spectrum.real**2 + spectrum.imag**2, size)[: len(bit)].round()
     pairs = np.arange(len(bit), 0.0, -1.0)
@@ -132,14 +132,14 @@ def _repeats(bit: Bits, name: str, bias: float) -> Iterator[str]:
 
 
 def _coins(flips: NDArray[Any], total: int, what: str, bias: float = 0.0) -> Iterator[str]:
-    """``flips``: not zero for each of ``total`` coins that shows heads."""
+    """A fault if an improbable number of ``total`` coins show heads (nonzero in ``flips``)."""
     heads = int(np.count_nonzero(flips))
     if _beyond(heads, total, SHARE, bias):
         yield f"{heads:,} of {total:,} {what}"
 
 
 def _beyond(heads: int, total: int, failure: float, bias: float) -> bool:
-    """Whether coins that show heads with a probability within ``bias`` of half rarely do this."""
+    """Return whether this is improbable for coins whose bias is at most ``bias``."""
     return (
         mean_lower(heads, total, failure) > (0.5 + bias) * total
         or mean_upper(heads, total, failure) < (0.5 - bias) * total
@@ -147,7 +147,7 @@ def _beyond(heads: int, total: int, failure: float, bias: float) -> bool:
 
 
 def _has_run(true: NDArray[np.bool_], length: int) -> bool:
-    """Whether so many in a row are true."""
+    """Return whether ``length`` consecutive values are true."""
     done = 1
     while done < length and len(true):
         step = min(done, length - done)

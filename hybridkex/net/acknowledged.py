@@ -12,8 +12,8 @@ if sys.platform == "linux":
 def unacknowledged(sock: Any) -> int:
     """Bytes in the send queue of a TCP socket.
 
-    0 for any other socket, for a closed one, and where the system does not tell (``SIOCOUTQ`` of
-    Linux, tcp(7)).
+    The result is 0 for any other socket, for a closed one, and on systems other than Linux
+    (``SIOCOUTQ``, tcp(7)).
     """
     if sys.platform != "linux" or sock.family not in (socket.AF_INET, socket.AF_INET6):
         return 0

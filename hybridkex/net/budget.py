@@ -39,7 +39,7 @@ class Connection:
 
     Attributes:
         peer: the peer's address and port, or ``a local program``.
-        address: the peer's network, which is the holder of the place until the peer has
+        address: the peer's network, which is the holder of the slot until the peer has
             authenticated: an IPv4 address, the /64 prefix of an IPv6 address, the user ID of a
             local program, or empty.
         log: for log lines that the peer can cause; one for all unknown peers, and another for known
@@ -89,10 +89,10 @@ class Connection:
         cut: Callable[[], object],
         may_stay: Callable[[], object] = lambda: None,
     ) -> None:
-        """Take a place for authentication.
+        """Take a slot for authentication.
 
         Args:
-            budget: the places.
+            budget: the budget of slots.
             cut: ends the connection, to make room for another.
             may_stay: called when the peer has authenticated, which ends the deadline.
         """
@@ -106,7 +106,7 @@ class Connection:
         self.log = self._known
 
     def release(self) -> None:
-        """Give the place back, at the end of the connection or of its handshake."""
+        """Free the slot, at the end of the connection or of its handshake."""
         if self._budget is not None:
             self._budget._give_back(self, self._holder)
             self._budget = None
@@ -126,15 +126,15 @@ class Connection:
             budget: of the connections of its kind.
             holder: the identity of the peer; :attr:`address` if ``None``.
             is_used: whether the connection has carried any data of the application. As long as it
-                has not, a newcomer may take its place, as in :meth:`waiting`; afterwards it keeps
-                its place while data flows (see :class:`Budget`). So clients that share the address
-                of good ones cannot lock them out.
+                has not, a new connection may replace it, as in :meth:`waiting`; afterwards it keeps
+                its slot while data flows (see :class:`Budget`). So clients cannot lock out honest
+                clients at the same address.
             silence: seconds since data of the application last crossed the connection. It is called
                 if the system does not know, as for a Unix socket; a negative result means unknown.
 
         Raises:
-            TooManyConnections: the budget is used up. Deadline and place stay as they were, so that
-                the handler has the rest of its time to tell the peer.
+            TooManyConnections: the budget is used up. Deadline and slot are unchanged, so that the
+                handler has the rest of its time to tell the peer.
         """
         before, place = self._budget, self._holder
         budget._take(self, self.address if holder is None else holder)
@@ -146,8 +146,8 @@ class Connection:
 
     @contextlib.contextmanager
     def waiting(self, *, unread: bool = False) -> Iterator[None]:
-        """In this context we wait for the peer, and a newcomer may replace this connection: closing
-        it now loses nothing.
+        """Context in which we wait for the peer: a new connection may replace this one, since
+        closing it now loses nothing.
 
         Args:
             unread: also while bytes of the peer are unread, because we wait for the peer to read.
@@ -159,12 +159,12 @@ class Connection:
             self._waiting_since = None
 
     def _has_waited(self, seconds: float, now: float) -> float:
-        """The time for which the peer has kept us waiting; negative if it is less than ``seconds``,
-        or if the delay is ours."""
+        """The seconds for which we have waited for the peer; negative if fewer than ``seconds``,
+        or if the peer waits for us."""
         since = self._waiting_since
         if since is None and not self._is_used():
             since = self._admitted
-        # The system is asked last: there may be many connections to look at.
+        # The system call comes last: there may be many connections to check.
         if since is None or self.evicted or now - since < seconds:
             return -1.0
         if not self._unread and has_unread(self._transport):
@@ -283,10 +283,10 @@ class Budget:
         return len(self._held.get(holder, ()))
 
     def makes_place(self, holder: Hashable, *, evict: bool) -> bool:
-        """Whether a holder that waits may have a place now.
+        """Return whether a waiting holder may have a slot now.
 
-        It may as long as it has fewer places than are free, so that no holder has more than half
-        of them; or, with ``evict``, if a connection has waited for so long that it makes room.
+        It may as long as it has fewer slots than are free, so that no holder has more than half
+        of them; or, with ``evict``, if a connection can be evicted because it has waited too long.
         """
         if self.held(holder) < self.total - self._count:
             return True
@@ -305,8 +305,8 @@ class Budget:
         return True
 
     def _silent(self, newcomer: Hashable, *, only: bool = False) -> Connection | None:
-        """A connection that has kept us waiting, or has been idle, for so long that a newcomer may
-        replace it; ``only`` one of the newcomer's own holder."""
+        """A connection that has been silent or idle for so long that a new one may replace it;
+        with ``only``, one of the same holder."""
         return self._victim(newcomer, self._patience, only=only) or self._victim(
             newcomer, self._idle, only=only, of=Connection._has_idled
         )
@@ -327,8 +327,8 @@ class Budget:
         only: bool = False,
         of: Callable[[Connection, float, float], float] = Connection._has_waited,
     ) -> Connection | None:
-        """The connection that is first to make room, among those that have been silent for at least
-        ``least`` seconds."""
+        """The first connection to evict, among those that have been silent for at least ``least``
+        seconds."""
         now = current_time()
         own = self.held(newcomer)
         best: Connection | None = None

@@ -21,32 +21,31 @@ loop."""
 LISTENING: Final = 3
 """Descriptors of a server that listens: two sockets, and what watches its pending connections."""
 BUDGETS: Final = 8
-"""The share of the rest for each budget is this part: a KME has budgets for SAEs and for peers, and
-at its own port, that of the metrics and that of the link, one for handshakes and one for the
-pending connections."""
+"""Each budget may use 1/BUDGETS of the rest: a KME has budgets for SAEs and for peers, and at each
+of its three ports (KME, metrics, link) one for handshakes and one for pending connections."""
 FEWEST: Final = 8
-"""Descriptors that a share has even where all of them are reserved: fewer would make the choice
-between addresses a matter of chance."""
+"""Minimum descriptors of a share, even if all are reserved: fewer would make the choice between
+addresses random."""
 OTHERS: Final = 1024
-"""Or all but these, if there are many descriptors."""
+"""If there are many descriptors, a budget may use all but these."""
 FEW: Final = 3
-"""Servers of a KME. Where there are more, as in a process with many tunnels, all budgets have equal
-shares, so that clients of some servers take nothing that the others need:"""
+"""The servers of a KME. In a process with more servers, such as one with many tunnels, all budgets
+have equal shares, so that clients of one server take no descriptors that the others need."""
 BUDGETS_EACH: Final = 3
-"""handshakes, pending connections, and connections that have been admitted,"""
+"""Budgets of each server: handshakes, pending connections, and admitted connections."""
 FEWEST_OF_MANY: Final = 2
-"""with so many descriptors at least."""
+"""Minimum descriptors of a share in a process with more than FEW servers."""
 
 
 class _Servers:
-    """The servers of this process that listen now."""
+    """The number of servers of this process that are listening."""
 
     count = 0
 
 
 @contextlib.contextmanager
 def listening() -> Iterator[None]:
-    """In this context one more server listens, with budgets of its own."""
+    """Count one more listening server, with its own budgets, in this context."""
     _Servers.count += 1
     try:
         yield
@@ -73,9 +72,9 @@ def raise_soft_limit() -> None:
 
 
 def share(most: int) -> int:
-    """Descriptors that a budget may use when the others use theirs: ``most`` or fewer.
+    """Return the descriptors that a budget may use when the others use theirs: at most ``most``.
 
-    It changes with the number of servers in the process.
+    The share changes with the number of servers in the process.
     """
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
@@ -85,12 +84,12 @@ def share(most: int) -> int:
 
 
 def room_for(connections: int, *, each: int = 1, fewest: int = 1) -> int:
-    """The number of connections, ``connections`` or fewer, that a budget may have now.
+    """Return how many connections a budget may have now: at most ``connections``.
 
     Args:
-        connections: the number that was asked for.
+        connections: the configured number.
         each: descriptors per connection.
-        fewest: the number that it has in any case.
+        fewest: the minimum.
     """
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
@@ -103,13 +102,13 @@ def room_for(connections: int, *, each: int = 1, fewest: int = 1) -> int:
 
 
 def bounded(connections: int, what: str, *, each: int = 1, fewest: int = 1) -> int:
-    """:func:`room_for`, and a log line about a reduced number.
+    """Return :func:`room_for`, and log a reduced number.
 
     Args:
-        connections: the number that was asked for.
+        connections: the configured number.
         what: the name of the budget.
         each: descriptors per connection.
-        fewest: the number that it has in any case.
+        fewest: the minimum.
     """
     room = room_for(connections, each=each, fewest=fewest)
     if connections <= room:

@@ -21,19 +21,19 @@ T = TypeVar("T")
 _Soon: TypeAlias = Callable[[Callable[[], object]], object]
 
 THREAD_SECONDS: Final = 10.0
-"""How long, in seconds, a blocking call waits for a worker if no new one can be started."""
+"""Seconds for which a blocking call waits for a worker if no new one can be started."""
 LOOK_SECONDS: Final = 0.5
 """Seconds between two checks of a call whose caller has been cancelled."""
 
 
 def _trio() -> ModuleType | None:
-    """trio, if the caller runs in it. (Another thread may be importing it.)"""
+    """Return trio if the caller runs in it. (Another thread may be importing it.)"""
     in_task = getattr(sys.modules.get("trio.lowlevel"), "in_trio_task", None)
     return sys.modules["trio"] if in_task is not None and in_task() else None
 
 
 def _asyncio() -> ModuleType:
-    """asyncio, which is loaded already where it runs."""
+    """Return asyncio, which is loaded already if it runs."""
     return sys.modules["asyncio"]
 
 
@@ -42,7 +42,7 @@ def on_trio() -> bool:
 
 
 def current_time() -> float:
-    """Seconds of the running loop's clock; of the monotonic clock outside any loop."""
+    """Return the seconds of the running loop's clock, or of the monotonic clock outside a loop."""
     if (trio := _trio()) is not None:
         now: float = trio.current_time()
         return now
@@ -91,12 +91,12 @@ async def in_thread(function: Callable[..., T], *arguments: Any, abandon: bool =
     """Run a blocking function in a worker thread (:mod:`hybridkex.net.threads`).
 
     Args:
-        function: what to run.
-        arguments: what to call it with.
+        function: the function.
+        arguments: its arguments.
         abandon: a cancelled caller does not wait for the thread, which finishes on its own.
-            Otherwise the caller gets what the function returns, whatever it has taken or opened is
-            not lost, and the cancellation is delivered where the caller waits next. (asyncio
-            delivers a cancellation once only: there it comes in place of the result.)
+            Otherwise the caller gets the function's result, so that no resource in it is lost, and
+            the cancellation is delivered where the caller waits next. (asyncio delivers a
+            cancellation only once: there it replaces the result.)
 
     Raises:
         NoThread: no thread was free for :data:`THREAD_SECONDS`, and none could be started.
@@ -125,7 +125,7 @@ async def in_thread(function: Callable[..., T], *arguments: Any, abandon: bool =
 
 
 def _comes_again(error: BaseException) -> bool:
-    """Whether this is a cancellation that is delivered again at the next checkpoint."""
+    """Return whether this is a cancellation that comes again at the next checkpoint (trio)."""
     trio = _trio()
     return trio is not None and isinstance(error, trio.Cancelled)
 
@@ -133,8 +133,8 @@ def _comes_again(error: BaseException) -> bool:
 async def _ended(call: Call, finished: "Event") -> None:
     """Wait for the end of a call, also in a loop that is about to end.
 
-    A loop that had no memory for its own work cancels its tasks and runs nothing more for other
-    threads; so one has to look.
+    A loop without memory for its own work cancels its tasks and runs no more callbacks for other
+    threads, so this polls.
     """
     while not call.has_ended:
         with suppress(TimeoutError):
@@ -154,12 +154,12 @@ def _from_threads() -> _Soon:
 async def ask(source: Callable[[], Awaitable[T]]) -> T:
     """Await a call of a key source, or of another object that is not ours.
 
-    Our own cancellation passes, and so does what ends the program. Any other exception that would
-    pass ``except Exception`` is an error of the source: above all a cancellation of somebody else,
-    such as of a task that the source has waited for. Our caller would seem to be cancelled.
+    A cancellation of this task passes, and so do KeyboardInterrupt and SystemExit. Any other
+    exception that is not an ``Exception`` is an error of the source. This is above all the
+    cancellation of another task that the source has awaited: this task would seem to be cancelled.
 
     Raises:
-        RuntimeError: such an exception; it is the ``__cause__``.
+        RuntimeError: the source raised such an exception, which is the ``__cause__``.
     """
     task = _current_task()
     cancellation, is_cancelled = _cancellation_of(task)
@@ -179,9 +179,8 @@ async def ask(source: Callable[[], Awaitable[T]]) -> T:
 
 
 def called(function: Callable[[], T]) -> T:
-    """What a function returns that calls code which is not ours, without waiting. Raises an
-    ``Exception`` in place of what is none (pyo3's PanicException), but not of what ends the
-    program."""
+    """Call a synchronous function that runs code of the application. An exception that is not an
+    ``Exception`` (pyo3's PanicException) becomes one; KeyboardInterrupt and SystemExit pass."""
     try:
         return function()
     except (Exception, KeyboardInterrupt, SystemExit):
@@ -191,8 +190,8 @@ def called(function: Callable[[], T]) -> T:
 
 
 def for_future(error: BaseException) -> Exception:
-    """The error, or one in its place if it would pass ``except Exception`` or if no ``Future``
-    takes it (``StopIteration``, as in PEP 479)."""
+    """Return the error, or a RuntimeError if it is not an ``Exception`` or if a ``Future`` cannot
+    hold it (``StopIteration``, as in PEP 479)."""
     if isinstance(error, Exception) and not isinstance(error, StopIteration):
         return error
     name = type(error).__name__
@@ -203,7 +202,7 @@ def for_future(error: BaseException) -> Exception:
 
 
 def _current_task() -> Any:
-    """The task that runs, if one does."""
+    """Return the running task, if there is one."""
     if (trio := _trio()) is not None:
         return trio.lowlevel.current_task()
     asyncio = sys.modules.get("asyncio")
@@ -254,14 +253,14 @@ async def shielded(function: Callable[[], Awaitable[T]]) -> T:
 
 
 class Background:
-    """A task beside its maker, which must cancel it; it ends with the loop at the latest.
+    """A background task. Its creator must cancel it; it ends with the loop at the latest.
 
-    ``function`` is always begun: a cancellation is delivered where it waits first, or later.
+    ``function`` is always started: a cancellation is delivered where it first waits, or later.
 
     Args:
-        function: what to run. It handles its own errors: nobody waits for it.
-        cancelled: runs if somebody else cancels the task. On asyncio, a program can cancel all
-            tasks of its loop and continue.
+        function: the function to run. It must handle its own errors: nobody awaits the task.
+        cancelled: runs if something other than :meth:`cancel` cancels the task. On asyncio, a
+            program can cancel all tasks of its loop and continue.
     """
 
     def __init__(
@@ -279,7 +278,7 @@ class Background:
             self._scope = _asyncio().ensure_future(begun(self._run_on_asyncio))
 
     def cancel(self) -> None:
-        """End it where it waits next; it may be over."""
+        """Cancel the task where it waits next. Does nothing if it has ended."""
         self._cancelled = None
         self._scope.cancel()
 
@@ -297,10 +296,10 @@ class Background:
 
 
 def begun(function: Callable[[], Awaitable[None]]) -> Coroutine[Any, Any, None]:
-    """The coroutine of an asyncio task that runs a function.
+    """Make the coroutine for an asyncio task that runs a function.
 
-    asyncio does not enter the coroutine of a task that is cancelled before its first step, so that
-    no ``finally`` of it would run. This one has been entered already, and always begins the
+    asyncio does not enter the coroutine of a task that is cancelled before its first step, so no
+    ``finally`` in it would run. This coroutine has already been entered, and always starts the
     function.
     """
     run = _begin(function)

@@ -1,4 +1,4 @@
-"""The HTTP/1.1 server of every port that speaks HTTP, over any trio stream.
+"""The HTTP/1.1 server of all ports with HTTP, over any trio stream.
 
 h11 parses and serialises the protocol; this module does the I/O, the limits, and the requirements
 of RFC 9110 and RFC 9112 for servers. ``docs/adr/0008-http.md`` explains why it is not a framework.
@@ -59,7 +59,7 @@ class Request:
         path: the segments, split at ``/`` before percent-decoding, since a segment may hold a
             slash; empty segments are left out.
         query: the part after ``?``, not decoded.
-        body: of at most :attr:`HttpLimits.max_body` bytes.
+        body: at most :attr:`HttpLimits.max_body` bytes.
     """
 
     method: str
@@ -117,12 +117,12 @@ class HttpLimits:
     idle: float = 60.0
     """Time that a connection may wait for its next request."""
     request: float = 10.0
-    """From the first byte of a request to its last, and again for sending the response."""
+    """Time from the first byte of a request to its last, and again for sending the response."""
     handler: float = 30.0
     """Time for the handler of a request."""
     pipelining: bool = True
-    """Whether pipelining is supported: a client may send a request before it has read the previous
-    response (RFC 9112 section 9.3.2); otherwise that response is the last one."""
+    """Whether a client may send a request before it has read the previous response (pipelining,
+    RFC 9112 section 9.3.2); otherwise the connection ends with that response."""
 
     def __post_init__(self) -> None:
         for one in fields(self):
@@ -300,7 +300,7 @@ class _Server:
             raise failure
 
     async def _watch(self) -> None:
-        """No request is waited for any more once ``closing`` is set."""
+        """Stop waiting for the next request when ``closing`` is set."""
         await self._closing.wait()
         if self._silence is not None:
             self._silence.cancel()
@@ -336,7 +336,7 @@ class _Server:
     # -- reading
 
     async def _begins(self) -> bool:
-        """Wait for the first bytes of a request. False: there is no further request."""
+        """Wait for the first bytes of a request. Returns false if there is no further request."""
         if self._http.trailing_data[0]:
             return True
         begin = b""
@@ -418,7 +418,7 @@ class _Server:
             return Response.json(500, {"message": "internal error"})
 
     async def _send(self, response: Response, *, last: bool) -> bool:
-        """Send a response in one call. False: it was the last one on this connection."""
+        """Send a response in one call. Returns false if it was the last one on this connection."""
         if self._http.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             return False
         headers = [("Date", _date(int(time.time()))), ("Cache-Control", "no-store")]
@@ -445,7 +445,7 @@ class _Server:
         await self._linger()
 
     async def _linger(self) -> None:
-        """Let the client read the last response before a reset tells it of bytes left unread."""
+        """Read for a while, so that the client reads the last response and does not get a reset."""
         with trio.move_on_after(LINGER_SECONDS), self._sending():
             if isinstance(self._stream, trio.SocketStream):
                 await self._stream.send_eof()

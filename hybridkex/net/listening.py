@@ -20,7 +20,7 @@ async def open_tcp_listeners(
 
     Unlike ``trio.open_tcp_listeners``, a name may have addresses that this machine lacks, as long
     as it has one of them: ``localhost`` is ``127.0.0.1`` and ``::1`` in most hosts files, and
-    either may be switched off.
+    IPv4 or IPv6 may be disabled.
 
     Raises:
         OSError: cannot listen there.
@@ -50,7 +50,7 @@ async def open_tcp_listeners(
 
 
 async def open_shared_listeners(port: int, *, host: str) -> list[trio.SocketListener]:
-    """Listen where other processes of this user may listen, too.
+    """Listen on a port on which other processes of this user may listen, too.
 
     The kernel gives each connection to one of them (``SO_REUSEPORT``, socket(7)).
 
@@ -93,7 +93,7 @@ async def check_listening(addresses: Iterable[TcpAddress]) -> None:
     disturbed.
 
     Raises:
-        OSError: cannot listen at the address that is its ``filename``.
+        OSError: cannot listen; its ``filename`` is the address.
     """
     ours = set()
     async with AsyncExitStack() as stack:

@@ -18,8 +18,7 @@ class BoundedLog:
     """A logger that writes at most ``burst`` lines at once and ``rate`` lines a second.
 
     Suppressed lines are counted: the next line that is written, or :meth:`flush`, reports the
-    number. Lines of different levels do not compete, so that no number of warnings suppresses an
-    error.
+    number. Each level has its own limit, so that no number of warnings suppresses an error.
 
     Args:
         logger: where the lines go.
@@ -34,14 +33,14 @@ class BoundedLog:
         self._suppressed = 0
 
     def log(self, level: int, message: str, *args: object) -> bool:
-        """Write a line, or count it. Returns whether it was written."""
+        """Write a line, or count it as suppressed. Returns whether it was written."""
         if not (self._logger.isEnabledFor(level) and self.allows(level)):
             return False
         self._logger.log(level, message, *args)
         return True
 
     def allows(self, level: int = logging.INFO) -> bool:
-        """Whether a line may be written elsewhere now; otherwise it is counted."""
+        """Return whether a line may be written elsewhere now; if not, count it as suppressed."""
         if level not in self._buckets:
             self._buckets[level] = self._new_bucket()
         if not self._buckets[level].take():

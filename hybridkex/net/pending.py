@@ -1,9 +1,9 @@
-"""Pending connections: accepted, and waiting for a place to be served.
+"""Pending connections: accepted, and waiting for a handshake slot.
 
 The kernel's accept queue (listen(2)) is first in, first out, even if one client fills it. So a
 server accepts at once and chooses the next connection itself: connections are grouped by client
-address, and the addresses take turns. A pending connection costs a descriptor and a few kilobytes;
-no task runs for it and nothing is read from it.
+address, and the addresses are served round-robin. A pending connection costs a descriptor and a few
+kilobytes; no task runs for it and nothing is read from it.
 """
 
 import math
@@ -19,13 +19,13 @@ WAITING: Final = 2048
 """The maximum number of pending connections of a server; fewer if there are not enough
 descriptors."""
 HANDSHAKES: Final = 128
-"""Places for connections that have not yet authenticated and are being served."""
+"""Handshake slots: the maximum number of unauthenticated connections that are being served."""
 ACCEPTED_BETWEEN: Final = 200
-"""Connections that are accepted, if as many have come, between the starts of two handlers. A
-handshake takes as long as some tens of calls of accept(2), and a new connection must not wait for
-the handshakes of those before it."""
+"""The maximum number of connections to accept between the starts of two handlers. A handshake takes
+as long as tens of calls of accept(2), and a new connection must not wait for the handshakes of
+earlier ones."""
 RETRY_SECONDS: Final = 0.1
-"""Seconds between two attempts to accept while the system lacks resources, or to find a place."""
+"""Seconds between two attempts to accept while the system lacks resources, or to find a slot."""
 
 T = TypeVar("T")
 
@@ -33,15 +33,15 @@ T = TypeVar("T")
 class PendingConnections(Generic[T]):
     """Pending connections in two groups: those that have sent something, and the silent ones.
 
-    Those that have sent something come first. Among them, the address that holds the fewest places
-    is next; of equals, one that has had no turn, the newest first; then the one whose last turn is
-    longest ago. Of one address, the newest connection comes first: after a flood, the clients that
-    have waited longest have most likely given up.
+    Those that have sent something come first. Among them, the address that holds the fewest slots
+    is next; of equals, first those not served yet, the newest first, then the least recently
+    served. Of one address, the newest connection comes first: after a flood, the clients that have
+    waited longest have most likely given up.
 
     Args:
-        held: returns the number of places that an address holds.
-        total: connections at once; :data:`WAITING`, or fewer where the process may open only few
-            files for all its servers, if ``None``.
+        held: returns the number of slots that an address holds.
+        total: the maximum number of connections; ``None`` for :data:`WAITING`, or fewer if the
+            process may open only few files.
     """
 
     def __init__(self, held: Callable[[str], int], total: int | None = None) -> None:
@@ -132,16 +132,16 @@ class PendingConnections(Generic[T]):
         return True
 
     def crowded_out(self) -> tuple[Connection, T] | None:
-        """The connection to close, if more are pending than allowed.
+        """Remove and return the connection to close, if more are pending than allowed.
 
-        It belongs to the address with the most connections, places included (as counted when its
-        number of pending connections last changed): the oldest silent one if there is one,
+        It belongs to the address with the most connections, including those in slots (as counted
+        when its number of pending connections last changed): the oldest silent one if there is one,
         otherwise the oldest.
         """
         return self.remove() if len(self) > self.total else None
 
     def remove(self) -> tuple[Connection, T] | None:
-        """Make room in any case, if a connection is pending."""
+        """Like :meth:`crowded_out`, but whenever a connection is pending."""
         if not self._crowds:
             return None
         crowd = max(self._crowds)
@@ -154,8 +154,8 @@ class PendingConnections(Generic[T]):
         return found
 
     def _update_crowd(self, address: str) -> None:
-        """Note how many connections an address has: with thousands of addresses, looking at all of
-        them for each new connection would take too long."""
+        """Record the number of connections of an address: with thousands of addresses, counting
+        all of them for each new connection would take too long."""
         before = self._crowd_of.pop(address, None)
         if before is not None:
             del self._crowds[before][address]
@@ -182,7 +182,7 @@ class PendingConnections(Generic[T]):
 
 
 class _ByAddress(Generic[T]):
-    """Connections by address, in the order of the addresses' turns."""
+    """Connections by address, in the order in which the addresses are served."""
 
     def __init__(self) -> None:
         self._groups: OrderedDict[str, dict[Connection, T]] = OrderedDict()
@@ -195,7 +195,7 @@ class _ByAddress(Generic[T]):
         return address in self._groups
 
     def first(self, held: Callable[[str], int]) -> str:
-        """The address that holds the fewest places; of equals, the one whose turn comes first."""
+        """The address that holds the fewest slots; of equals, the first in order."""
         fewest, found = math.inf, ""
         for address in self._groups:
             places = held(address)
@@ -220,7 +220,7 @@ class _ByAddress(Generic[T]):
         self._count += 1
 
     def take(self, address: str) -> tuple[Connection, T]:
-        """The newest of an address, which has had its turn."""
+        """Remove the newest connection of an address, and move the address to the end."""
         self._groups.move_to_end(address)
         found = next(reversed(self._groups[address]))
         return found, self.remove(found)

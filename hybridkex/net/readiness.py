@@ -4,8 +4,8 @@ A task for each direction of each connection costs several times as much as the 
 short message. Here a socket is registered once, and one wake-up of the task serves every socket
 that is ready then.
 
-No connection keeps another waiting for longer than one read: after each read of a socket that
-carries bulk data, those that do not are looked at again, and the bulk ones take turns.
+No connection delays another by more than one read: after each read of a socket with bulk data, the
+other sockets are checked again, and sockets with bulk data are served round-robin.
 """
 
 import selectors
@@ -20,22 +20,22 @@ READ: Final = selectors.EVENT_READ
 WRITE: Final = selectors.EVENT_WRITE
 
 BULK_READ: Final = 256 * 1024
-"""Bytes of one read, while there is nothing but bulk data,"""
+"""Maximum bytes of one read while all ready sockets carry bulk data."""
 SHORT_READ: Final = 32 * 1024
-"""and while others wait for it."""
+"""Maximum bytes of one read while other sockets are active."""
 BULK: Final = 16 * 1024
-"""Bytes in one read that make its socket one of bulk data."""
+"""A socket counts as one with bulk data if its last read had at least this many bytes."""
 CALM_SECONDS: Final = 0.02
-"""Seconds after which others, that were ready once, are not waited for any more."""
+"""Seconds for which reads stay short after a socket without bulk data was ready."""
 SLICE: Final = 0.001
 """Seconds of work with bulk data after which other tasks run."""
 
 
 class Watched:
-    """A socket that is watched; a subclass says what happens when it is ready.
+    """A socket that is watched; a subclass defines :meth:`ready`.
 
     Args:
-        descriptor: of the socket, which must stay open as long as it is watched.
+        descriptor: the descriptor of the socket, which must stay open while it is watched.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -43,7 +43,7 @@ class Watched:
         self.watched_for = 0
         """:data:`READ`, :data:`WRITE`, both or 0; set by :meth:`Readiness.watch`."""
         self.bulk = False
-        """Whether the last read was of :data:`BULK` bytes or more."""
+        """Whether the last read returned :data:`BULK` bytes or more."""
         self.turn = 0
 
     def ready(self, events: int) -> None:
@@ -59,7 +59,7 @@ class Readiness:
     """Watches sockets and calls those that are ready.
 
     Raises:
-        OSError: the system has no descriptor for it.
+        OSError: the system has no descriptor for the selector.
     """
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ class Readiness:
         self.buffer = self._long
         """The buffer that a socket may read into, until its :meth:`Watched.ready` returns."""
         self.time = 0.0
-        """When the sockets that are being served were ready, by trio's clock."""
+        """The time at which the current sockets were ready, by trio's clock."""
 
     def watch(self, socket: Watched, events: int) -> None:
         """Call ``socket.ready`` for these events from now on; 0 for none.
@@ -93,7 +93,7 @@ class Readiness:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Watch as long as this context lasts."""
+        """Context manager in which the sockets are watched."""
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._run)

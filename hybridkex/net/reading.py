@@ -12,7 +12,7 @@ class EndOfStream(HybridkexError):
 
 
 async def read_exactly(stream: ReceiveStream, count: int) -> bytes:
-    """The next ``count`` bytes, and not one more.
+    """Read exactly ``count`` bytes.
 
     Memory grows with the data received, not with ``count``.
 

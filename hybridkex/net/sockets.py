@@ -23,12 +23,12 @@ class Carrier(Protocol):
 
 
 def has_unread(transport: Carrier | None) -> bool:
-    """Whether unread bytes of the peer, or its end, are waiting: then the delay is ours."""
+    """Return whether bytes of the peer, or the end of its data, wait for us to read them."""
     return transport is not None and is_readable(transport.socket)
 
 
 def is_readable(one: socket.socket) -> bool:
-    """Whether a socket has unread bytes, or the peer's end; not after it was closed."""
+    """Return whether an open socket has unread bytes, or the end of the peer's data."""
     if one.fileno() < 0:
         return False
     poll = select.poll()
@@ -37,7 +37,7 @@ def is_readable(one: socket.socket) -> bool:
 
 
 def has_unsent(transport: Carrier | None) -> bool:
-    """Whether bytes of ours wait for the peer to read (tcp(7) and unix(7), SIOCOUTQ)."""
+    """Return whether bytes that we sent wait for the peer (tcp(7) and unix(7), SIOCOUTQ)."""
     if transport is None or transport.socket.fileno() < 0:
         return False
     count = bytearray(4)
@@ -49,8 +49,8 @@ def has_unsent(transport: Carrier | None) -> bool:
 
 
 def silence_of(transport: Carrier | None) -> float:
-    """Seconds since data last went over a TCP connection in either direction, as Linux knows it
-    (tcp(7), TCP_INFO); negative where the system does not say."""
+    """Return the seconds since a TCP connection last carried data in either direction (Linux,
+    tcp(7), TCP_INFO); negative if unknown."""
     if transport is None or not sys.platform.startswith("linux"):
         return -1.0
     try:
@@ -94,7 +94,7 @@ def network_of(transport: Carrier | None) -> str:
 
 
 def _local_user(transport: Carrier | None) -> str:
-    """The user whose program is at the other end of a Unix socket (unix(7), SO_PEERCRED)."""
+    """Return the user ID of the peer of a Unix socket (unix(7), SO_PEERCRED)."""
     if transport is None or not hasattr(socket, "SO_PEERCRED"):
         return ""
     try:
@@ -116,7 +116,7 @@ _MAPPED: Final = bytes(10) + b"\xff\xff"
 def keep_alive(stream: Carrier) -> None:
     """Let the kernel end an idle connection whose peer has vanished.
 
-    Better than a time limit on data: a peer that is busy, or waits for someone to type, still
+    This is better than a time limit on data: a peer that is busy, or waits for user input, still
     acknowledges (tcp(7)).
     """
     with contextlib.suppress(OSError):  # not TCP

@@ -4,15 +4,16 @@ It accepts, runs a handler for each connection in a task of its own, and keeps t
 
 - **No connection ends another.** Whatever exception leaves a handler, alone or in a group, ends
   its own connection and becomes one log line. Only cancellation and ``KeyboardInterrupt`` pass.
-- **Number, time and delay are bounded.** A connection is accepted at once and waits for a place
-  (:mod:`hybridkex.net.pending`); places go to the addresses in turn, so that an address that opens
-  thousands of connections delays the others by no more than one place. There is a deadline for its
-  authentication; then it moves to the budget of its kind (:mod:`hybridkex.net.budget`).
+- **Number, time and delay are bounded.** A connection is accepted at once and waits for a handshake
+  slot (:mod:`hybridkex.net.pending`). Slots are assigned to the addresses round-robin, so that an
+  address that opens thousands of connections delays the others by at most one slot. A connection
+  must authenticate before a deadline; then it moves to the budget of its kind
+  (:mod:`hybridkex.net.budget`).
 - **A temporary fault has no lasting effect.** While the system has no descriptors or no memory
   for another connection (accept(2): EMFILE, ENFILE, ENOBUFS, ENOMEM) the accept loop waits and
-  retries, and logs it at a bounded rate. It also rests when a handler has failed for such a reason:
-  failing is faster than serving, so that a process without memory would take most connections of
-  a listening socket from the processes that it shares it with.
+  retries, and logs it at a bounded rate. It also pauses when a handler has failed for such a
+  reason: failing is faster than serving, so a process without memory would otherwise accept most
+  connections of a listening socket that it shares with other processes.
 """
 
 import contextlib
@@ -40,7 +41,7 @@ from hybridkex.net.pending import (
 )
 
 HANDSHAKE_SECONDS: Final = 10.0
-"""Default time until a connection has authenticated, from the moment that it has a place."""
+"""Default time limit in seconds for authentication, from the time that a connection has a slot."""
 REST_SECONDS: Final = 1.0
 """Seconds without accepting after a handler has failed for lack of memory or descriptors."""
 FLUSH_SECONDS: Final = 30.0
@@ -57,15 +58,15 @@ class Supervisor(Generic[T]):
             when it returns. It calls ``connection.admit`` once it knows the peer.
         name: the beginning of each log line.
         logger: where failures are logged, at a bounded rate.
-        handshakes: places for connections that have not been admitted. No address has more than
+        handshakes: slots for connections that have not been admitted. No address has more than
             half of them; more connections wait.
-        handshake_seconds: time until a connection that has a place must have been admitted.
-        patience: seconds that one of them must have been silent before a newcomer takes its place.
+        handshake_seconds: time limit in seconds from getting a slot to being admitted.
+        patience: seconds that a connection must have been silent before a new one takes its slot.
         on_failure: called with the kind of each failure, for a counter: ``limit``, ``timeout``,
             ``evicted``, ``failed`` or ``internal``.
 
     Raises:
-        OSError: the system has no descriptor to watch pending connections.
+        OSError: the system has no descriptor for watching pending connections.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class Supervisor(Generic[T]):
         self._pending = PendingConnections[T](self._handshakes.held)
 
     async def aclose(self) -> None:
-        """End a supervisor that does not serve."""
+        """Close a supervisor that was not used: :meth:`serve` closes itself."""
         await self._clear()
 
     async def _clear(self) -> None:
@@ -116,7 +117,7 @@ class Supervisor(Generic[T]):
         Args:
             listeners: where connections come in.
             connections: the nursery of the handlers, if they are to outlive this call.
-            task_status: given ``listeners`` when the first connection may come.
+            task_status: given ``listeners`` when connections are accepted.
         """
         pending = self._pending
         try:
@@ -139,8 +140,8 @@ class Supervisor(Generic[T]):
             await self._clear()
 
     def stop_accepting(self) -> None:
-        """Close the listeners; :meth:`serve` returns when all connections that were accepted have
-        had a place. For handlers that run in a nursery of their own: others are cancelled then."""
+        """Close the listeners; :meth:`serve` returns when all accepted connections have had a slot.
+        Use this only with handlers in another nursery: the others are cancelled then."""
         self._accepting.cancel()
 
     async def _flush_log(self) -> None:
@@ -163,7 +164,7 @@ class Supervisor(Generic[T]):
                 try:
                     await self._accept_one(listener, pending)
                     if trio.current_time() < self._rest_until + REST_SECONDS:
-                        await trio.sleep(RETRY_SECONDS)  # see how that one fares
+                        await trio.sleep(RETRY_SECONDS)  # wait whether its handler fails, too
                 except (OSError, MemoryError) as error:
                     full.log(
                         logging.ERROR,
@@ -185,7 +186,7 @@ class Supervisor(Generic[T]):
             await _discard(stream)
             raise
         self._wake()
-        while await self._dismiss(pending.crowded_out()):  # more than one: there is less room now
+        while await self._dismiss(pending.crowded_out()):  # several, if the limit has decreased
             pass
 
     async def _dismiss(self, leaving: tuple[Connection, T] | None) -> bool:
@@ -203,7 +204,7 @@ class Supervisor(Generic[T]):
             pending.listen()
             self._wake()
 
-    # -- from pending to a place
+    # -- from pending to a handshake slot
 
     def _wake(self) -> None:
         self._news.set()
@@ -231,7 +232,7 @@ class Supervisor(Generic[T]):
         for _ in range(ACCEPTED_BETWEEN):
             before = self._accepted
             await trio.lowlevel.checkpoint()
-            await trio.lowlevel.checkpoint()  # each task has had a turn since the first
+            await trio.lowlevel.checkpoint()  # each task has run since the first checkpoint
             if self._accepted == before:
                 return
 
@@ -247,7 +248,7 @@ class Supervisor(Generic[T]):
         except Exception as error:
             self._failed(connection, error)
         except BaseExceptionGroup as group:
-            # A fault of this connection's, and a cancellation of all: each goes its way.
+            # A group may hold a fault of this connection and a cancellation of all connections.
             faults, others = group.split(Exception)
             if faults is not None:
                 self._failed(connection, faults)
@@ -280,8 +281,8 @@ class Supervisor(Generic[T]):
             self._on_failure("failed")
             self._log_end(connection, refused)
         else:
-            # A bug on our side. Its text may quote anything, so only its type and location are
-            # logged.
+            # This is a bug on our side. Its text may quote secrets, so only its type and location
+            # are logged.
             self._on_failure("internal")
             connection.log.log(
                 logging.ERROR,
@@ -328,7 +329,7 @@ _EXPECTED: Final = (
 
 
 def _innermost(error: BaseException) -> BaseException:
-    """The first error of nested groups; an unexpected one before those that a peer can cause."""
+    """The first error in nested groups, or the first one that a peer cannot cause."""
     found: list[BaseException] = [error]
     flat: list[BaseException] = []
     while found:

@@ -42,7 +42,7 @@ class Call:
     """A blocking call, to be run by a worker.
 
     Args:
-        function: what to run; it sees the context variables of the caller.
+        function: the function; it sees the context variables of the caller.
         report: called in the worker when the function has ended.
     """
 
@@ -81,21 +81,21 @@ class Call:
         try:
             self._value = self._context.run(function)
         except MemoryError:
-            self._error = MemoryError()  # without the frames that hold what memory there was
-        except BaseException as error:  # the caller's to handle
+            self._error = MemoryError()  # without the frames that hold memory
+        except BaseException as error:  # the caller handles it
             self._error = error
         self.has_ended = True
         del function
         for _ in range(RETRIES):
             try:
                 self._report()
-            except (MemoryError, OSError):  # OSError: the loop's wake-up, a send(2), found none
+            except (MemoryError, OSError):  # OSError: no memory for the loop's wake-up, a send(2)
                 time.sleep(RETRY_SECONDS)
             except Exception:  # the loop that asked has ended
                 return
             else:
                 return
-        # The loop sleeps and nothing but a signal can wake it: the end, as by Ctrl-C.
+        # The loop sleeps, and only a signal can wake it: interrupt the process, as by Ctrl-C.
         global _interrupted  # noqa: PLW0603
         _interrupted = True
         _thread.interrupt_main()
@@ -115,7 +115,7 @@ class _Workers:
         self._lock = _thread.allocate_lock()
         self._alive = 0
         self._free = 0
-        """Workers without a call, less the calls that wait in the queue."""
+        """The number of idle workers, minus the number of queued calls."""
 
     def run(self, call: Call) -> bool:
         with self._lock:
@@ -147,7 +147,7 @@ class _Workers:
             self._free += 1
         begun.release()
         while True:
-            # Nothing that a call does ends its worker, and nothing of a call outlives it here.
+            # No call ends its worker, and no reference to a call remains here.
             with contextlib.suppress(BaseException):
                 self._calls.get()._run()
             with self._lock:
@@ -171,7 +171,7 @@ def run(call: Call) -> bool:
 
 
 def _forget() -> None:
-    """The child of a fork has none of its parent's threads."""
+    """Make new workers in the child of a fork, which has none of its parent's threads."""
     global _workers  # noqa: PLW0603
     _workers = _Workers()
 

@@ -10,7 +10,7 @@ class TokenBucket:
     Args:
         rate: tokens a second; ``math.inf`` for no limit.
         burst: tokens that a full bucket holds; it is full at first.
-        clock: seconds; read by :meth:`take` alone, so that a bucket may be made outside a loop.
+        clock: returns seconds. Only :meth:`take` calls it, so a bucket may be made outside a loop.
     """
 
     def __init__(
@@ -23,7 +23,7 @@ class TokenBucket:
         self._last: float | None = None
 
     def take(self) -> bool:
-        """Take a token; false if there is none."""
+        """Take a token. Returns false if the bucket is empty."""
         now = self._clock()
         if self._last is not None:
             self._tokens = min(self._burst, self._tokens + (now - self._last) * self._rate)

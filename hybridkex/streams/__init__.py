@@ -1,4 +1,4 @@
-"""The trio shell around the engine: secure streams, listeners, and what opens them."""
+"""The trio shell around the engine: secure streams and listeners, and functions to open them."""
 
 from typing import TYPE_CHECKING, Final
 

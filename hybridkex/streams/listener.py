@@ -1,4 +1,4 @@
-"""SecureListener: like ``trio.SSLListener``, every accepted stream becomes a secure one."""
+"""SecureListener: makes every accepted stream a secure one, like ``trio.SSLListener``."""
 
 from typing import Generic, TypeVar
 
@@ -33,7 +33,7 @@ class SecureListener(Listener[SecureStream[T]], Generic[T]):
         self._handshake_timeout = handshake_timeout
 
     async def accept(self) -> SecureStream[T]:
-        """The next connection, before its handshake."""
+        """Accept the next connection; its handshake has not run yet."""
         return SecureStream(
             await self.transport_listener.accept(),
             self._config,

@@ -91,7 +91,7 @@ class SecureStream(SecureDuplex, HalfCloseableStream, Generic[T]):
         return self._has_carried_data or (self._pipe is not None and self._pipe.has_carried_data)
 
     async def do_handshake(self) -> None:
-        """Run the handshake, unless it has been run. The first send or receive does this, too.
+        """Run the handshake, unless it has already run. The first send or receive also runs it.
 
         Raises:
             trio.BrokenResourceError: the handshake failed; ``__cause__`` is the reason.
@@ -99,7 +99,7 @@ class SecureStream(SecureDuplex, HalfCloseableStream, Generic[T]):
         await self._handshake()
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        """Data from the peer; ``b""`` once it has closed its direction.
+        """Return data from the peer, or ``b""`` once it has closed its direction.
 
         Raises:
             trio.BrokenResourceError: the connection failed or was truncated; ``__cause__`` is the
@@ -156,10 +156,10 @@ class SecureStream(SecureDuplex, HalfCloseableStream, Generic[T]):
         resume: Callable[[], object],
         failed: Callable[[HybridkexError], object],
     ) -> AsyncIterator[SecurePipe]:
-        """In this context the caller moves the bytes between the socket of the transport and the
-        :class:`~hybridkex.shell.secure_pipe.SecurePipe` that the context returns; the handshake
-        must be complete. Afterwards the stream can be closed, with close_notify if all bytes for
-        the socket have been sent.
+        """Context in which the caller moves the bytes between the socket of the transport and the
+        returned :class:`~hybridkex.shell.secure_pipe.SecurePipe`; the handshake must be complete.
+        Afterwards the stream can be closed, with close_notify if all bytes for the socket have been
+        sent.
 
         Args:
             deliver: called with application data.

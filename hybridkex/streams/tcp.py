@@ -117,14 +117,14 @@ async def serve_secure_tcp(  # noqa: PLR0913  # those of trio.serve_ssl_over_tcp
         config: identities, verifier and policy.
         host: address to listen on; ``None`` for all interfaces.
         https_compatible: see :class:`SecureStream`.
-        backlog: length of the kernel's queue.
+        backlog: length of the kernel's accept queue.
         handshake_timeout: time limit for a handshake in seconds.
         max_connections: the maximum number of simultaneous connections after their handshakes. If
             it is reached, a new connection replaces one of the address with the most connections:
             the oldest that has carried no data for a second or, if the new connection's address has
             at least two fewer, the newest. Otherwise the new connection is closed.
-        handler_nursery: where handlers run, if they must outlive this call.
-        task_status: given the listeners.
+        handler_nursery: the nursery for handlers that must outlive this call.
+        task_status: given the listeners when they accept connections.
 
     Raises:
         OSError: cannot listen there.

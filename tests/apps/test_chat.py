@@ -969,7 +969,7 @@ def test_a_store_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
         db.execute("CREATE TABLE entry (id INTEGER PRIMARY KEY, text TEXT)")
     db.close()
     write_key_file(tmp_path / "log.sqlite.key")
-    with pytest.raises(ChatError, match="not encrypted"):
+    with pytest.raises(ChatError, match="without encryption"):
         Store(path)
 
 

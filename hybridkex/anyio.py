@@ -163,7 +163,7 @@ class SecureByteStream(SecureDuplex, ByteStream):
             if not isinstance(stream, ObjectStream):
                 return await stream.receive(READ_SIZE)
             while not (item := await stream.receive()):
-                pass  # an empty item is no end
+                pass  # an empty item does not end the stream
         return item
 
     async def _write(self, data: bytes | bytearray) -> None:
@@ -290,13 +290,13 @@ class SecureListener(Listener[SecureByteStream]):
         its PSK source or verifier raises, or a connection that breaks or ends while ``handler``
         uses it, ends that connection alone and becomes one log line. Any other exception of
         ``handler`` goes to the task group. While the system has no descriptors or no memory for
-        another connection, new ones wait in the queue. Handshakes have places, for which the
-        addresses of the clients take turns, so that a crowd of one address keeps others waiting for
-        no longer than one handshake or a second.
+        another connection, new ones wait in the queue. Handshake slots are assigned to the clients'
+        addresses round-robin, so that a flood from one address delays others by at most one
+        handshake or a second.
 
         Args:
             handler: serves one connection, and closes it.
-            task_group: where handlers run, if they must outlive this call.
+            task_group: the task group of handlers that must outlive this call.
         """
 
         async def handle(stream: AnyByteStream) -> None:
@@ -309,7 +309,7 @@ class SecureListener(Listener[SecureByteStream]):
             except (anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
                 _LINES.log(logging.WARNING, "a handshake failed: %s", broken(error))
                 return
-            except Exception as error:  # Its text may quote anything.
+            except Exception as error:  # its text may quote a secret, so it is not logged
                 reason = f"{type(error).__name__} in a PSK source or verifier"
                 _LINES.log(logging.ERROR, "a handshake failed: %s", reason)
                 _log.debug("a handshake failed", exc_info=error)
@@ -493,7 +493,7 @@ def _carrier(stream: AnyByteStream) -> _Carrier | None:
 
 
 def _lack(error: Exception) -> str | None:
-    """What the system lacks for another connection; ``None`` if that is not why accepting failed.
+    """The resource that the system lacks for another connection; ``None`` for any other error.
 
     anyio raises accept(2)'s error as it is or as the cause of its own, alone or in a group.
     """

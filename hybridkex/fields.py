@@ -165,7 +165,7 @@ def _missing(value: Any, base: type, members: Iterable[str] | None = None) -> li
 
 
 def _fault(value: Any, base: type, name: str) -> str | None:
-    """What the member of this name should be, where it is not: empty for a missing member."""
+    """Describe the required type of a member of the wrong type; empty for a missing member."""
     wanted = getattr_static(base, name, base)
     # A class has the methods of its instances.
     if isinstance(value, type) or not hasattr(value, name):

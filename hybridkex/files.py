@@ -554,7 +554,7 @@ def _open_own(path: str | os.PathLike[str], flags: int, check: _Check = _check_w
 
 
 def _followed(path: str | os.PathLike[str], check: _Check = _check_writing) -> str:
-    """What a symbolic link leads to. Raises ``PermissionError`` for a link of another user."""
+    """Return the target of a symbolic link. Raises ``PermissionError`` for another user's link."""
     followed = os.fspath(path)
     for _ in range(_MOST_LINKS):
         try:

@@ -240,7 +240,7 @@ class ExchangeConfig:
     length: int = 32
     """Length of the key in bytes, 1 to 8064."""
     method: Method = Method.CONCATENATE
-    """How the secrets are combined."""
+    """The method that combines the secrets."""
     time_limit: float = 10.0
     """Time for the whole exchange, in seconds."""
     agreed: bytes = field(init=False, repr=False)

@@ -6,7 +6,7 @@ from typing import Final
 from cryptography import x509
 
 SOON: Final = timedelta(days=14)
-"""How long before its expiry the owner is warned about a certificate that is valid for months."""
+"""The time before expiry at which the owner of a certificate valid for months is warned."""
 LAST_PART: Final = 3
 """A certificate that is valid for days is usually renewed when a third of its validity is left: the
 owner is warned in the last third."""

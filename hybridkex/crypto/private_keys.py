@@ -34,7 +34,7 @@ _LABELS: Final = (
 )
 
 _REFUSALS: Final = (TypeError, ValueError, UnsupportedAlgorithm, InternalError)
-"""What `cryptography` raises for a key; the last one for Ed25519 keys of a wrong length."""
+"""The errors of `cryptography` for a key; the last one is for Ed25519 keys of a wrong length."""
 
 _BLOCK: Final = re.compile(rb"-----BEGIN PRIVATE KEY-----(.*?)-----END PRIVATE KEY-----", re.DOTALL)
 

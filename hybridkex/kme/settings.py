@@ -22,7 +22,7 @@ class KmeLimits:
     key_ttl: float = 86_400.0
     tombstone_ttl: float = 30 * 86_400.0
     sync_grace: float = 60.0
-    """How long a block that the other end does not know may still be in transit to it."""
+    """Seconds for which a block that the other end does not know may still be in transit."""
     rate: float = 200.0
     burst: int = 400
     ready_keys: int = 1

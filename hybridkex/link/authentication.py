@@ -131,7 +131,7 @@ class Signatures:
     own_private_key: Any
     peer_public_key: Any
     certificate: Path | None = None
-    """Where the peer's key comes from."""
+    """The source of the peer's key."""
 
     name: Final = "signatures"
 
@@ -193,7 +193,7 @@ class Signatures:
 
     @property
     def kinds(self) -> tuple[str, str]:
-        """What signs for us and for the peer, such as ``ml-dsa``."""
+        """The signature methods of both ends, such as ``ml-dsa``."""
         schemes = (self._scheme(key).name for key in (self.own_private_key, self.peer_public_key))
         own, peer = (one.partition("_")[0].rstrip("0123456789") for one in schemes)
         return KINDS.get(own, own), KINDS.get(peer, peer)

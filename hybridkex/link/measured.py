@@ -73,7 +73,7 @@ SUFFIXES: Final = (".npz", ".parquet")
 SETTINGS: Final = "settings"
 MOST_SETTINGS: Final = 1 << 20
 LONGEST_HEADER: Final = 4096
-"""Bytes at the beginning of an array in an archive, up to its data; numpy writes 128."""
+"""The maximum length in bytes of an array's header in an archive; numpy writes 128."""
 PARTS: Final = ("source", "channel", "security")
 MARKER: Final = ".distilled"
 """Suffix of the marker of a file of detections that have been used."""
@@ -93,7 +93,7 @@ class Measured:
     bit: Bits = field(repr=False)
     """The raw key: it is not shown."""
     intensity: Bits | None = None
-    """``None`` at Bob's end."""
+    """The index of the intensity of each pulse; ``None`` at Bob's end."""
     pulse: NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:

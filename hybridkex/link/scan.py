@@ -394,7 +394,7 @@ def _written(name: Any, value: Any) -> Any:
 
 
 def _text(text: str) -> str:
-    """What texts in UTF-8 cannot have, such as the odd bytes of an argument, is escaped."""
+    """Escape characters that UTF-8 cannot encode, such as undecodable bytes of an argument."""
     return text.encode("utf-8", "backslashreplace").decode().replace("\0", r"\x00")
 
 

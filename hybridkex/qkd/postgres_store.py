@@ -60,9 +60,9 @@ _Cursor: TypeAlias = "psycopg.Cursor[Any]"
 CONNECTIONS: Final = 8
 """The maximum number of connections of one process to the database."""
 WALK_SECONDS: Final = 10.0
-"""How long released keys may be skipped while there are others, in seconds."""
+"""Seconds for which released keys may be skipped while there are others."""
 HOLD_SECONDS: Final = 30.0
-"""How long a reservation lasts if its process does not end it: longer than a request."""
+"""Seconds until a reservation expires if its process does not end it; longer than a request."""
 MOVED: Final = {
     "spent": {"link": "text", "key_id": "text", "at": "float8"},
     "material": {

@@ -12,7 +12,7 @@ from hybridkex.files import check_own, create_private, is_shared, make_private, 
 from hybridkex.machine import reason
 
 LOCK_SECONDS: Final = 0.1
-"""How long the lock is waited for: another process may look into the file for a moment."""
+"""Seconds to wait for the lock: another process may read the file for a moment."""
 
 _LOG: Final = "-wal"
 _BESIDE: Final = (_LOG, "-journal", "-shm")

@@ -56,7 +56,7 @@ EVERY_LINK: Final = "*"
 """The scope of work that is the same for all links."""
 
 Position: TypeAlias = tuple[int, int]
-"""How far a walk through the material of a link has come."""
+"""The position of an iteration over the material of a link."""
 _Db: TypeAlias = Any
 T = TypeVar("T")
 

@@ -32,7 +32,7 @@ class Remembered(Protocol):
 
     @property
     def authenticated_by(self) -> AuthenticatedBy:
-        """How the first handshake authenticated the server."""
+        """The authentication of the server in the first handshake."""
 
     @property
     def psk_identity(self) -> bytes | None:

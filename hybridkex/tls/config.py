@@ -286,7 +286,7 @@ class _Config:
 
     @cached_property
     def authentication(self) -> Authentication:
-        """How the server authenticates itself."""
+        """The server's required authentication, from the policy or its default."""
         if self.policy.authentication is not None:
             return self.policy.authentication
         if not self.has_psk:

@@ -9,7 +9,7 @@ from hybridkex.errors import ConfigError
 from hybridkex.values import value
 
 KEPT_EPOCHS: Final = 64
-"""How many epochs a session keeps; a session of weeks has many more."""
+"""The number of epochs that a session records; a session of weeks has many more."""
 
 
 class KeyUpdates(Enum):

@@ -19,7 +19,7 @@ _FLAG: Final = frozenset((int(TlsFlag.EXTENDED_KEY_UPDATE),))
 
 @value
 class Agreed:
-    """What both sides agreed to use after the handshake."""
+    """The key updates and one-time pad that both sides agreed to use after the handshake."""
 
     key_updates: KeyUpdates
     one_time_pad: bool

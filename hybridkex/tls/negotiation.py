@@ -153,7 +153,7 @@ class ApplicationKeys:
 
 @value
 class Negotiated:
-    """What both sides have agreed on, with ServerHello and EncryptedExtensions."""
+    """The parameters negotiated in ServerHello and EncryptedExtensions."""
 
     suite: CipherSuite
     group: Group

@@ -19,7 +19,7 @@ class Requirement(Enum):
 
 
 class Authentication(Enum):
-    """How the peer must be authenticated."""
+    """The required authentication of the peer."""
 
     CERTIFICATE = "certificate"
     PSK = "psk"

@@ -1,4 +1,4 @@
-"""How the server reads a ClientHello, and what it chooses from it, except the PSK.
+"""The server's checks of a ClientHello, and its choices from it, except the PSK.
 
 Nothing is sent and no state is kept: each function depends only on the configuration and the
 ClientHello.

@@ -24,7 +24,7 @@ MAX_TICKET_LIFETIME: Final = 7 * 24 * 3600
 
 
 class AuthenticatedBy(Enum):
-    """How the server was authenticated (the client too, where a PSK is involved)."""
+    """The authentication of the server, and also of the client if there is a PSK."""
 
     CERTIFICATE = "certificate"
     PSK = "psk"
@@ -81,7 +81,7 @@ class Session:
     answers, at a server the client's offers that it answered."""
     version: str = "TLS 1.3"
     key_updates: KeyUpdates = KeyUpdates.STANDARD
-    """How the keys change while the session lasts, as both sides have agreed."""
+    """The negotiated kind of key updates during the session."""
     one_time_pad: bool = False
     """Whether application data is protected by a one-time pad of QKD keys, as both sides have
     agreed."""

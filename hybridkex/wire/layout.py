@@ -27,7 +27,7 @@ _VECTORS: Final = {1: vector8, 2: vector16, 3: vector24}
 
 
 class Layout(NamedTuple):
-    """How a value is read and written."""
+    """A codec that reads and writes a value."""
 
     read: Callable[[Reader], Any]
     write: Callable[[Any], bytes]

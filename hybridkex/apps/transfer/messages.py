@@ -152,7 +152,7 @@ class Drop:
 
 
 class How(StrEnum):
-    """How a receiver got a file."""
+    """The outcome of a file at the receiver."""
 
     NEW = "new"
     """From this transfer, verified."""

@@ -177,7 +177,7 @@ class _Transfer:
         self._name: Final = secrets.token_hex(16)
         self.outcome = Outcome()
         self.furthest = 0
-        """How many bytes of large files were sent, repetitions not counted."""
+        """The number of bytes of large files that were sent, without repetitions."""
         self.heard = False
         """Whether the receiver has answered at all."""
 

@@ -29,7 +29,7 @@ class Delivery(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Configuration:
-    """How two parties set up their channel."""
+    """A configuration of the channel between two parties."""
 
     id: str
     title: str

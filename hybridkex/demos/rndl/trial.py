@@ -50,7 +50,7 @@ class Cell:
     plaintext: str | None
     """The first line that it read."""
     wrong: str | None
-    """How this contradicts the prediction or the actual plaintext; ``None`` if it does not."""
+    """The contradiction to the prediction or the actual plaintext; ``None`` if there is none."""
 
     @property
     def verdict(self) -> str:

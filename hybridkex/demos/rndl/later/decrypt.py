@@ -58,7 +58,7 @@ class Leg:
     ``update-qkd``; ``session`` for the stolen secrets of a session."""
     name: str
     how: str | None
-    """How it was found; ``None`` if it was not."""
+    """The means by which it was found; ``None`` if it was not."""
     secret: bytes | None = field(repr=False)
     needed: bool = True
     """Whether it is needed: if the session was stolen, the secrets of the handshake are not."""

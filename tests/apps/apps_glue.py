@@ -162,26 +162,17 @@ class Kmes:
 
 
 @pytest.fixture(scope="session")
-def kmes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kmes]:
+def kmes(tmp_path_factory: pytest.TempPathFactory, forkserver: Forkserver) -> Iterator[Kmes]:
     folder = tmp_path_factory.mktemp("sites") / "sites"
-    process = subprocess.Popen(
-        [*COMMAND, "kme", "dev-up", str(folder), "--ports", "0,0"],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
+    with forkserver.telling("kme", "dev-up", folder, "--ports", "0,0") as (said, _):
         options: dict[str, list[str]] = {}
-        for line in process.stdout:
+        for line in said:
             # The two commands that it suggests.
             if found := re.match(r" +hybridkex (listen|connect) .*?127.0.0.1( 4433)? (--.*)", line):
                 options["alice" if found[1] == "connect" else "bob"] = found[3].split()
             if len(options) == 2:
                 break
         yield Kmes(**options)
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def descriptors(process: AnyProcess) -> int:

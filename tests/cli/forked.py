@@ -274,6 +274,21 @@ class Forkserver:
             process.kill()
             process.wait()
 
+    @contextlib.contextmanager
+    def telling(self, *words: Any, **options: Any) -> Iterator[tuple[IO[str], Running]]:
+        """A command and what it writes to standard output, as it comes. It ends with the block,
+        which may last longer than a test."""
+        reading, writing = os.pipe()
+        with os.fdopen(reading) as said:
+            with os.fdopen(writing, "wb") as out:
+                process = self.start(*words, stdout=out, **options)
+            self._started.remove(process)
+            try:
+                yield said, process
+            finally:
+                process.kill()
+                process.wait()
+
     def run(
         self, *words: Any, data: bytes = b"", timeout: float = LIMIT, **options: Any
     ) -> "subprocess.CompletedProcess[bytes]":

@@ -3,13 +3,12 @@
 import importlib.util
 import json
 import re
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import Forkserver
 
 from hybridkex.cli import checks, main
 from hybridkex.crypto.oqs import oqs_status
@@ -88,16 +87,10 @@ def test_every_extra_for_users_is_examined(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_a_kme_that_is_there_and_one_that_is_gone(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    forkserver: Forkserver, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "hybridkex", "kme", "dev-up", str(tmp_path), "--ports", "0,0"],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        for line in process.stdout:
+    with forkserver.telling("kme", "dev-up", tmp_path, "--ports", "0,0") as (said, _):
+        for line in said:
             if found := re.search(r"hybridkex connect .*?(--kme .*)", line):
                 words = found[1].split()
                 break
@@ -107,9 +100,6 @@ def test_a_kme_that_is_there_and_one_that_is_gone(
         assert status == 0
         (kme,) = [one for name, one in report.items() if name.startswith("KME ")]
         assert "keys of 256 bits for bob" in kme["detail"]
-    finally:
-        process.kill()
-        process.communicate(timeout=20)
     status, report = examined(capsys, *words)
     assert status == 1
     assert main(["doctor", "--kme", "https://127.0.0.1:1"]) == 1

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from forked import Forkserver, Running, one_line
 
 from hybridkex.auth.dev_ca import DevCa, write_identity
 
-COMMAND = [sys.executable, "-m", "hybridkex"]
 Listening = Callable[..., AbstractContextManager[tuple[str, Running]]]
 Connect = Callable[..., "subprocess.CompletedProcess[bytes]"]
 
@@ -27,34 +25,26 @@ class Kmes:
     folder: Path
     alice: list[str]
     bob: list[str]
-    process: "subprocess.Popen[str]"
+    process: Running
 
 
 @contextmanager
-def dev_up(folder: Path, *words: str) -> Iterator[Kmes]:
-    process = subprocess.Popen(
-        [*COMMAND, "kme", "dev-up", str(folder), "--ports", "0,0", *words],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
+def dev_up(forkserver: Forkserver, folder: Path, *words: str) -> Iterator[Kmes]:
+    command = ("kme", "dev-up", folder, "--ports", "0,0", *words)
+    with forkserver.telling(*command) as (said, process):
         options = {}
-        for line in process.stdout:
+        for line in said:
             if found := re.match(r" +hybridkex (listen 4433 --bind|connect) 127.0.0.1 (.*)", line):
                 words_ = found[2].removeprefix("4433 ").split()
                 options["alice" if found[1] == "connect" else "bob"] = words_
             if len(options) == 2:
                 break
         yield Kmes(folder, options["alice"], options["bob"], process)
-    finally:
-        process.kill()
-        process.communicate()
 
 
 @pytest.fixture(scope="module")
-def kmes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kmes]:
-    with dev_up(tmp_path_factory.mktemp("sites") / "sites") as both:
+def kmes(tmp_path_factory: pytest.TempPathFactory, forkserver: Forkserver) -> Iterator[Kmes]:
+    with dev_up(forkserver, tmp_path_factory.mktemp("sites") / "sites") as both:
         yield both
 
 

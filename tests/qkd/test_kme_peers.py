@@ -1,7 +1,6 @@
 """Two ETSI GS QKD 014 clients that nobody here wrote, against the KME as a process."""
 
 import json
-import os
 import signal
 import ssl
 import subprocess
@@ -55,16 +54,11 @@ def running(forkserver: Forkserver, site: Site, not_found: int) -> Iterator[dict
         text += PAIR.format(kme=kme, sae=sae, peer=peer, peer_sae=peer_sae, not_found=not_found)
     config = site.folder / "kme.toml"
     config.write_text(text)
-    reading, writing = os.pipe()
-    with os.fdopen(reading) as said:
-        with os.fdopen(writing, "wb") as out:
-            process = forkserver.start("kme", "serve", config, stdout=out)
-        try:
-            lines = [said.readline().split() for _ in range(2)]
-            yield {line[0]: line[-1].removeprefix("https://") for line in lines}
-        finally:
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(20) == 0
+    with forkserver.telling("kme", "serve", config) as (said, process):
+        lines = [said.readline().split() for _ in range(2)]
+        yield {line[0]: line[-1].removeprefix("https://") for line in lines}
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
 
 
 def stocked(stored_key_count: Callable[[], int]) -> None:

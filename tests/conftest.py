@@ -146,11 +146,9 @@ def pytest_runtest_protocol(
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """Half as many processes again as there are cores: many tests wait for time or for other
-    processes. Twice as many take less time on an idle machine, and make tests that measure time
-    fail on a busy one."""
-    cores = len(os.sched_getaffinity(0))
-    return cores + (cores + 1) // 2
+    """Twice as many processes as there are cores: many tests wait for time or for other
+    processes."""
+    return 2 * len(os.sched_getaffinity(0))
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -44,6 +44,8 @@ NO_THREAD: Final = (
 )
 """The message when a thread is needed and none can be started."""
 
+_TRIOS: Final = "Error connecting to"
+"""How the words of trio begin that repeat the address."""
 _SCARCE: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _GONE: Final = frozenset(
     {errno.ECONNRESET, errno.ECONNABORTED, errno.EPIPE, errno.ENOTCONN, errno.ESHUTDOWN}
@@ -83,7 +85,10 @@ def reason(error: BaseException) -> str:
     """The words of the operating system for an error, or those of the error itself."""
     if isinstance(error, MemoryError):
         return "out of memory"
-    return getattr(error, "strerror", None) or said(error)
+    words: str | None = getattr(error, "strerror", None)
+    if isinstance(error, OSError) and error.errno and words and words.startswith(_TRIOS):
+        return os.strerror(error.errno)
+    return words or said(error)
 
 
 def write_error(what: object, error: OSError, *, elsewhere: str = _ELSEWHERE) -> ConfigError:

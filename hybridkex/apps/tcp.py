@@ -2,13 +2,14 @@
 
 import contextlib
 import errno
-import os
 import socket
 import struct
 from typing import Final
 
 import trio
 from trio.abc import HalfCloseableStream
+
+from hybridkex.machine import leaves, reason
 
 
 def set_reset(stream: trio.SocketStream, on_close: bool) -> None:
@@ -22,24 +23,6 @@ def reset(stream: trio.SocketStream) -> None:
     """Close with a reset, so that the other end cannot mistake a cut for an orderly end."""
     set_reset(stream, on_close=True)
     stream.socket.close()
-
-
-def last_attempt(error: OSError) -> BaseException:
-    """Return the error of the last address that was tried, or the error itself."""
-    cause = error.__cause__
-    while isinstance(cause, BaseExceptionGroup) and cause.exceptions:
-        cause = cause.exceptions[-1]
-    return cause or error
-
-
-def os_reason(error: OSError) -> str:
-    """Return the reason why the last attempt to connect failed."""
-    reason = last_attempt(error)
-    if not isinstance(reason, OSError) or reason.strerror is None:
-        return str(reason)
-    if reason.strerror.startswith("Error connecting to") and reason.errno:  # trio's; names it again
-        return os.strerror(reason.errno)
-    return reason.strerror
 
 
 _ADVICE: Final = {
@@ -62,11 +45,13 @@ def no_connection(error: Exception) -> str:
     """Describe why a TCP connection or port cannot be opened, with the next step."""
     if not isinstance(error, OSError):
         return "this is not a valid host name"
-    last = last_attempt(error)
+    last: BaseException = error  # and then that of the last address that was tried
+    if error.__cause__ is not None:
+        *_, last = leaves(error.__cause__)
+    advice = _ADVICE.get(getattr(last, "errno", None) or 0)
     if isinstance(last, socket.gaierror):
-        return f"{os_reason(error)}; check the host's name"
-    advice = _ADVICE.get(last.errno) if isinstance(last, OSError) and last.errno else None
-    return f"{os_reason(error)}; {advice}" if advice else os_reason(error)
+        advice = "check the host's name"
+    return f"{reason(last)}; {advice}" if advice else reason(last)
 
 
 class CountingStream(HalfCloseableStream):

@@ -13,7 +13,6 @@ new session ends the previous one: Bob opens one only after losing the other.
 
 import logging
 import math
-import os
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -41,7 +40,7 @@ from hybridkex.link.quantum import Detections, OpticalLink
 from hybridkex.link.remote import LATE, RemoteDetector, serve_detector
 from hybridkex.link.settings import LinkSettings
 from hybridkex.link.simulated import SimulatedLink
-from hybridkex.machine import broken, leaves, refusal
+from hybridkex.machine import broken, leaves, reason, refusal
 from hybridkex.net.address import TcpAddress
 from hybridkex.net.budget import Budget, Connection
 from hybridkex.net.listening import open_tcp_listeners
@@ -51,7 +50,7 @@ from hybridkex.net.sockets import keep_alive
 from hybridkex.net.supervisor import Supervisor
 from hybridkex.net.threads import NoThread
 from hybridkex.qkd.producer import ProducedKey
-from hybridkex.text import get_logger, said
+from hybridkex.text import get_logger
 
 LOG: Final = get_logger(__name__)
 NAME: Final = "QKD link"
@@ -525,9 +524,7 @@ def _no_greeting(error: BaseException) -> str:
         return f"no answer within {GREETING_SECONDS:g} s; is another program at this address?"
     if not isinstance(error, OSError):
         return broken(error)
-    reason = next(leaves(error.__cause__ or error))
-    code, words = getattr(reason, "errno", None) or 0, getattr(reason, "strerror", None)
-    return os.strerror(code) if code > 0 else words or said(reason)  # trio's repeat the address
+    return reason(next(leaves(error.__cause__ or error)))
 
 
 def link_signatures(config: KmeConfig, peer: PeerConfig) -> Signatures:

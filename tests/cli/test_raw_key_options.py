@@ -1,51 +1,22 @@
 """``--key`` without ``--cert``, and ``--known-peers``, as a person uses them."""
 
 import subprocess
-import sys
-import time
 from pathlib import Path
+
+from forked import Forkserver
 
 from hybridkex.auth import RawIdentity
 
-COMMAND = (sys.executable, "-m", "hybridkex")
 
-
-def test_first_use_then_known_then_somebody_else(tmp_path: Path) -> None:
-    key, known, port_file = tmp_path / "key.pem", tmp_path / "known", tmp_path / "port"
+def test_first_use_then_known_then_somebody_else(hybridkex: Forkserver, tmp_path: Path) -> None:
+    key, known = tmp_path / "key.pem", tmp_path / "known"
     key.write_bytes(RawIdentity.generate().to_pem())
-    server = subprocess.Popen(
-        [
-            *COMMAND,
-            "listen",
-            "0",
-            "--bind",
-            "127.0.0.1",
-            "--port-file",
-            str(port_file),
-            "--echo",
-            "--key",
-            str(key),
-        ],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    with hybridkex.listening(tmp_path, "--echo", "--key", key) as (port, _):
 
-    def connect() -> "subprocess.CompletedProcess[bytes]":
-        words = ["connect", "127.0.0.1", port_file.read_text().strip(), "--json"]
-        return subprocess.run(
-            [*COMMAND, *words, "--known-peers", str(known)],
-            input=b"hello",
-            capture_output=True,
-            timeout=30,
-            check=False,
-        )
+        def connect() -> "subprocess.CompletedProcess[bytes]":
+            words = ("connect", "127.0.0.1", port, "--json", "--known-peers", known)
+            return hybridkex.run(*words, data=b"hello")
 
-    try:
-        deadline = time.monotonic() + 20
-        while not (port_file.exists() and port_file.read_text().strip()):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
         lock = tmp_path / ".known.lock"
         lock.mkdir()
         done = connect()
@@ -63,6 +34,3 @@ def test_first_use_then_known_then_somebody_else(tmp_path: Path) -> None:
         assert done.returncode == 1
         assert b"another key" in done.stderr
         assert b"Traceback" not in done.stderr
-    finally:
-        server.terminate()
-        server.wait(timeout=10)

@@ -39,7 +39,6 @@ from typing import Final, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import fft
 
 from hybridkex.errors import ConfigError
 from hybridkex.link.ranges import MOST_EVENTS, bit_array, whole, within
@@ -127,6 +126,8 @@ class _Plan:
     """
 
     def __init__(self, length: int) -> None:
+        from scipy import fft  # noqa: PLC0415  # 0.1 s, and closed forms need no transform
+
         self.rows: Final = min(MAX_ROWS, 2 << max(0, round(math.log2(length) / 2.0) - 2))
         self.columns: Final = fft.next_fast_len(-(-length // self.rows))
         self.half: Final = self.rows // 2 + 1

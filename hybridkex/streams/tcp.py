@@ -70,15 +70,6 @@ async def open_secure_tcp_listeners(
     """
     check_config(config, ServerConfig)
     listeners = await open_tcp_listeners(port, host=host, backlog=backlog)
-    return _secured(listeners, config, https_compatible, handshake_timeout)
-
-
-def _secured(
-    listeners: Sequence[trio.SocketListener],
-    config: ServerConfig,
-    https_compatible: bool,
-    handshake_timeout: float,
-) -> list[SecureListener[trio.SocketStream]]:
     return [
         SecureListener(
             listener,
@@ -130,7 +121,6 @@ async def serve_secure_tcp(  # noqa: PLR0913  # those of trio.serve_ssl_over_tcp
         OSError: cannot listen there.
         ConfigError: ``config`` is not a ``ServerConfig``.
     """
-    check_config(config, ServerConfig)
     budget = Budget(max_connections, even_shares=True)
 
     async def handle(stream: SecureStream[trio.SocketStream], connection: Connection) -> None:
@@ -138,11 +128,19 @@ async def serve_secure_tcp(  # noqa: PLR0913  # those of trio.serve_ssl_over_tcp
         connection.admit(budget, is_used=lambda: stream.has_carried_data)
         await handler(stream)
 
-    sockets = await open_tcp_listeners(port, host=host, backlog=backlog)
-    listeners = _secured(sockets, config, https_compatible, handshake_timeout)
+    listeners = await open_secure_tcp_listeners(
+        port,
+        config,
+        host=host,
+        https_compatible=https_compatible,
+        backlog=backlog,
+        handshake_timeout=handshake_timeout,
+    )
+    where = listeners[0].transport_listener
+    assert isinstance(where, trio.SocketListener)
     supervisor = Supervisor(
         handle,
-        name=f"port {sockets[0].socket.getsockname()[1]}",
+        name=f"port {where.socket.getsockname()[1]}",
         logger=_log,
         # The stream's own time limit, which sends the peer an alert, is shorter.
         handshake_seconds=handshake_timeout + 1,

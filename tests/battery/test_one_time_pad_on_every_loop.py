@@ -464,7 +464,7 @@ def test_a_send_that_is_given_up_is_not_waited_for(run: Run) -> None:
 @pytest.mark.parametrize("seed", range(2))
 def test_the_connection_is_cut_at_random(shell: Any, seed: int) -> None:
     """Sessions between the same two sites, one after the other, each cut in the middle: all that a
-    receiver has is a beginning of what was sent, and no key is asked for twice."""
+    receiver has is a prefix of what was sent, and no key is asked for twice."""
     rng = random.Random(seed)
     sites = Sites(OneTimePad(hold=512))
 

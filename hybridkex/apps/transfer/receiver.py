@@ -30,7 +30,7 @@ _AHEAD: Final = 2 << 20
 _STEPS: Final = 40
 """The maximum number of connections with parallel disk work,"""
 _FEWEST_STEPS: Final = 4
-"""or fewer, if the process may open few files;"""
+"""or fewer, with a low limit on open files;"""
 _STEP: Final = 16
 """and the number of folders that each of them has open."""
 _MESSAGE: Final = 1 << 10

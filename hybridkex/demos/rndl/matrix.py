@@ -20,9 +20,9 @@ class Delivery(Enum):
     IN_PROCESS = "in-process"
     """No network: each party and its end of the key source are in one process."""
     CLASSICAL_HOP = "classical-hop"
-    """From a KME (ETSI GS QKD 014) over TLS 1.3 with X25519, and the hop is tapped too."""
+    """From a KME (ETSI GS QKD 014) over TLS 1.3 with X25519; this connection is tapped too."""
     HYBRID_HOP = "hybrid-hop"
-    """From a KME over this library's TLS with X25519MLKEM768, and the hop is tapped too."""
+    """From a KME over this library's TLS with X25519MLKEM768; this connection is tapped too."""
     LINK = "link"
     """From a simulated QKD link between the two, whose classical channel is tapped too."""
 
@@ -191,35 +191,35 @@ ADVERSARIES: Final = (
     ),
     Adversary(
         id="hop-classical",
-        title="ECDH; KME hop by classical TLS",
-        note="X25519 is broken, and the hop on which the KME delivered the QKD key was recorded "
-        "too: TLS 1.3 with X25519.",
+        title="ECDH; KME over classical TLS",
+        note="X25519 is broken, and the connection on which the KME delivered the QKD key, TLS "
+        "1.3 with X25519, was recorded too.",
         oracles=frozenset((ECDH,)),
         delivery=Delivery.CLASSICAL_HOP,
         taps_delivery=True,
     ),
     Adversary(
         id="hop-classical-both",
-        title="ECDH + ML-KEM; KME hop by classical TLS",
-        note="Both are broken, and the classical hop to the KME was recorded.",
+        title="ECDH + ML-KEM; KME over classical TLS",
+        note="Both are broken, and the connection to the KME over classical TLS was recorded.",
         oracles=_BOTH,
         delivery=Delivery.CLASSICAL_HOP,
         taps_delivery=True,
     ),
     Adversary(
         id="hop-hybrid",
-        title="ECDH; KME hop by hybrid TLS",
-        note="X25519 is broken, and the hop to the KME was recorded: this library's TLS with "
-        "X25519MLKEM768.",
+        title="ECDH; KME over hybrid TLS",
+        note="X25519 is broken, and the connection to the KME, this library's TLS with "
+        "X25519MLKEM768, was recorded.",
         oracles=frozenset((ECDH,)),
         delivery=Delivery.HYBRID_HOP,
         taps_delivery=True,
     ),
     Adversary(
         id="hop-hybrid-both",
-        title="ECDH + ML-KEM; KME hop by hybrid TLS",
-        note="Both are broken, and the hybrid hop to the KME was recorded: a hop is no stronger "
-        "than its own key exchange. Keep it inside the secure site.",
+        title="ECDH + ML-KEM; KME over hybrid TLS",
+        note="Both are broken, and the connection to the KME over hybrid TLS was recorded. It is "
+        "no stronger than its own key exchange: keep it inside the secure site.",
         oracles=_BOTH,
         delivery=Delivery.HYBRID_HOP,
         taps_delivery=True,

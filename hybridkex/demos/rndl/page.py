@@ -139,7 +139,7 @@ def _cases(trial: Trial) -> Iterator[str]:
             yield (
                 f'<section class="case" id="{anchor}"><h2>{escape(configuration.title)}, against: '
                 f"{escape(adversary.title)}</h2><p>{escape(adversary.note)}</p>"
-                f"{_hops(verdicts)}"
+                f"{_kme_connections(verdicts)}"
             )
             sessions = (one for one in verdicts if one["capture"] == "session.pcapng")
             yield '<div class="pair">'
@@ -150,18 +150,18 @@ def _cases(trial: Trial) -> Iterator[str]:
     yield '<p id="choose" class="soft">No cell is chosen.</p>'
 
 
-def _hops(verdicts: list[dict[str, Any]]) -> str:
-    """The outcome of the attacks on the recorded hops to the KMEs, if there are any."""
-    hops = [one for one in verdicts if one["capture"] != "session.pcapng"]
-    if not hops:
+def _kme_connections(verdicts: list[dict[str, Any]]) -> str:
+    """The outcome of the attacks on the recorded connections to the KMEs, if any."""
+    connections = [one for one in verdicts if one["capture"] != "session.pcapng"]
+    if not connections:
         return ""
     items = "".join(
         f"<li>{escape(one['capture'])}, {escape(one['group'])}: {_state(one)}"
         + (f" (lacks {escape(', '.join(one['missing']))})" if one["missing"] else "")
         + "</li>"
-        for one in hops
+        for one in connections
     )
-    return f"<p>The hops on which the KMEs delivered the QKD key:</p><ul>{items}</ul>"
+    return f"<p>The connections on which the KMEs delivered the QKD key:</p><ul>{items}</ul>"
 
 
 def _state(verdict: dict[str, Any]) -> str:

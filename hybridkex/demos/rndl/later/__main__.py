@@ -1,7 +1,7 @@
 """``python -m hybridkex.demos.rndl.later FOLDER ...``: attack the recordings in folders.
 
-Each folder belongs to one adversary, and each adversary is a separate process: this one if there is
-one folder, otherwise a fork of this one that has code but no data.
+Each folder belongs to one adversary, and each adversary is a separate process: this one for one
+folder, a fork for each of several. A fork has the code and none of the data.
 
 Writes one JSON object a line to standard output: ``progress`` while a computation is long, then
 ``case`` and ``verdicts`` for each sub-folder with recordings, all with the ``folder``'s name.
@@ -22,7 +22,7 @@ from hybridkex.text import json_line
 def _attack_folder(folder: Path) -> int:
     """Do one adversary's work; returns the exit status."""
 
-    def say(line: dict[str, object]) -> None:
+    def emit(line: dict[str, object]) -> None:
         print(json_line({"folder": folder.name, **line}), flush=True)
 
     try:
@@ -36,9 +36,9 @@ def _attack_folder(folder: Path) -> int:
                 connections.extend(found)
                 for flow in others:
                     knowledge.overheard += [flow.stream(from_client=x) for x in (True, False)]
-            adversary = Adversary(knowledge, lambda text: say({"progress": text}))
+            adversary = Adversary(knowledge, lambda text: emit({"progress": text}))
             verdicts = [verdict.as_json() for verdict in adversary.attack(connections)]
-            say({"case": case.name, "verdicts": verdicts})
+            emit({"case": case.name, "verdicts": verdicts})
     except HybridkexError as error:
         print(f"hybridkex adversary: {error}", file=sys.stderr)
         return 1

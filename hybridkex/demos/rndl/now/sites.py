@@ -138,12 +138,12 @@ class Sites:
             certificate=folder / "cert.pem",
             key=folder / "key.pem",
         )
-        client = KmeClient(access, handshake=self._hop(folder))
+        client = KmeClient(access, handshake=self._kme_tls(folder))
         await stack.enter_async_context(client)
         (peer,) = (other for other, _ in _SITES if other != sae)
         return Etsi014Source(client, sae=sae, peer_sae=peer)
 
-    def _hop(self, folder: Path) -> TlsHandshake:
+    def _kme_tls(self, folder: Path) -> TlsHandshake:
         """The SAE's TLS to its KME, instrumented: one side's private key breaks an exchange."""
         group = X25519 if self._classical else X25519MLKEM768
         config = ClientConfig(
@@ -153,11 +153,11 @@ class Sites:
             identity=Identity.from_files(folder / "cert.pem", folder / "key.pem"),
         )
 
-        async def hop(stream: trio.abc.Stream, host: str) -> tuple[trio.abc.Stream, bytes]:
+        async def handshake(stream: trio.abc.Stream, host: str) -> tuple[trio.abc.Stream, bytes]:
             secure = SecureStream(stream, config, server_hostname=host, https_compatible=True)
             await secure.do_handshake()
             peer = secure.session.peer_credential
             assert peer is not None
             return secure, peer.chain[0]
 
-        return hop
+        return handshake

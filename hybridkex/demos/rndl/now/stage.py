@@ -211,29 +211,29 @@ async def _run_client(
 ) -> Plaintext:
     """Send two messages as the client; in between, copy the session's secrets and update its
     keys."""
-    said, heard = bytearray(), bytearray()
+    sent, received = bytearray(), bytearray()
 
-    async def say(line: str) -> None:
-        nonlocal heard
+    async def send(line: str) -> None:
+        nonlocal received
         data = line.encode() + b"\n"
         await stream.send_all(data)
-        said.extend(data)
-        heard += await _line(stream)
+        sent.extend(data)
+        received += await _line(stream)
 
     async with stream:
-        await say(f"Alice to Bob: {secret}")
+        await send(f"Alice to Bob: {secret}")
         steal(stream)
         await stream.update_keys(request_peer=True)
         while stream.session.key_updates is not KeyUpdates.STANDARD and not stream.session.epochs:
-            await say("Alice to Bob: are there new keys?")
-        await say("Alice to Bob: still there with new keys?")
+            await send("Alice to Bob: are there new keys?")
+        await send("Alice to Bob: still there with new keys?")
         await stream.send_eof()
         if await stream.receive_some():
             raise trio.BrokenResourceError("the server sent more than expected")
         session = stream.session
     return Plaintext(
-        to_server=bytes(said),
-        to_client=bytes(heard),
+        to_server=bytes(sent),
+        to_client=bytes(received),
         resumed=session.resumed,
         session=session.as_json(),
     )

@@ -338,7 +338,7 @@ class SecureListener(Listener[SecureByteStream]):
                 try:
                     await self.listener.serve(handle, task_group)
                 except Exception as error:
-                    reason = _lack(error)
+                    reason = _shortage(error)
                     if reason is None:
                         raise
                 else:
@@ -492,7 +492,7 @@ def _carrier(stream: AnyByteStream) -> _Carrier | None:
     return None if raw is None else _Carrier(raw)
 
 
-def _lack(error: Exception) -> str | None:
+def _shortage(error: Exception) -> str | None:
     """The resource that the system lacks for another connection; ``None`` for any other error.
 
     anyio raises accept(2)'s error as it is or as the cause of its own, alone or in a group.

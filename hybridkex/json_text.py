@@ -10,8 +10,8 @@ the only limit of ``json.loads``."""
 
 MOST_VALUES: Final = 1 << 17
 """The maximum number of values in a text from a peer or a server. The time to parse a text grows
-with its values rather than with its bytes: 8 MB are 10 ms as one string, and seconds as empty
-lists. The longest message of a KME (8192 keys, each of one block) has less than half as many."""
+with its values rather than with its bytes: 8 MB parse in 10 ms as one string, and in seconds as
+empty lists. The longest message of a KME (8192 keys, each of one block) has less than half."""
 
 
 def load_json(

@@ -119,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=3600.0,
         metavar="SECONDS",
-        help="time until a disconnected client loses its seat (default: 3600)",
+        help="time until a disconnected client loses its slot (default: 3600)",
     )
     for one in (server, client, pair):
         one.add_argument(

@@ -53,7 +53,7 @@ _NO_CONNECTION: Final = (
 
 
 class Client:
-    """One seat in a conversation.
+    """One slot in a conversation.
 
     Args:
         connect: opens a connection.

@@ -1,4 +1,4 @@
-"""The server without its socket: seats, rooms, and the delivery of messages.
+"""The server without its socket: slots, rooms, and the delivery of messages.
 
 - One task writes the log; actions that arrive meanwhile go into its next transaction. An action is
 acknowledged when it is on disk, and the client's next action is read after that: a client that
@@ -32,7 +32,7 @@ from .protocol import (
     Welcome,
     encode,
 )
-from .store import Change, Seat, Store, digest
+from .store import Change, Slot, Store, digest
 
 __all__ = ["Hub"]
 
@@ -117,13 +117,13 @@ class _Link:
 
 @dataclass(eq=False)
 class _Member:
-    """A participant with a seat, connected or not."""
+    """A participant with a slot, connected or not."""
 
-    seat: Seat
+    slot: Slot
     link: _Link | None = None
     away_since: float = 0.0
     holder: str = ""
-    """The peer or network that the seat is counted for."""
+    """The peer or network that the slot is counted for."""
     dropped: str | None = None
     """The reason why the client was disconnected, reported when it reconnects."""
     turn: trio.Lock = field(default_factory=trio.Lock)
@@ -145,8 +145,8 @@ class Hub:
 
     Args:
         queue: maximum queued messages for one client; with more, it is disconnected.
-        most: the number of seats.
-        away: seconds after which a disconnected client loses its seat.
+        most: the number of slots.
+        away: seconds after which a disconnected client loses its slot.
     """
 
     def __init__(
@@ -156,13 +156,13 @@ class Hub:
         self._queue = queue
         self._most = most
         self._away = away
-        self._members = {seat.nickname: _Member(seat, holder=seat.peer) for seat in store.seats()}
+        self._members = {slot.nickname: _Member(slot, holder=slot.peer) for slot in store.slots()}
         self._head = store.head()
         self._jobs, self._work = trio.open_memory_channel[_Job](256)
         self._connections: set[_Link] = set()
 
     async def run(self) -> None:
-        """Write the log, and free the seats of clients that stay away, until cancelled."""
+        """Write the log, and free the slots of clients that stay away, until cancelled."""
         for member in self._members.values():
             member.away_since = trio.current_time()
         async with trio.open_nursery() as nursery:
@@ -182,7 +182,7 @@ class Hub:
 
         Args:
             peer: the peer's verified names or its key; empty if unknown.
-            where: the peer's network. Its seat is counted for the network if the peer is unknown,
+            where: the peer's network. Its slot is counted for the network if the peer is unknown,
                 since many clients may have the same PSK.
         """
         frames = Frames(stream)
@@ -256,7 +256,7 @@ class Hub:
             if seen < await _in_thread(self._store.forgotten):
                 await frames.send(Notice("the oldest messages are no longer stored"))
             while page := await _in_thread(
-                self._store.missed, member.seat.nickname, seen, up_to, _PAGE
+                self._store.missed, member.slot.nickname, seen, up_to, _PAGE
             ):
                 await frames.stream.send_all(b"".join(map(encode, page)))
                 seen = page[-1].id
@@ -267,42 +267,42 @@ class Hub:
     async def _admit(self, hello: Hello, peer: str, holder: str) -> tuple[_Member, Welcome]:
         token = digest(hello.token)
         while hello.nickname not in self._members and len(self._members) >= self._most:
-            if not await self._free_a_seat(holder):
-                raise ChatError("there is no seat left")
+            if not await self._free_a_slot(holder):
+                raise ChatError("no slot is free")
         member = self._members.get(hello.nickname)
         if member is not None:
-            seat = member.seat
-            if not hmac.compare_digest(seat.token, token) or seat.peer != peer:
+            slot = member.slot
+            if not hmac.compare_digest(slot.token, token) or slot.peer != peer:
                 raise ChatError(f"the nickname {hello.nickname!r} is taken")
             async with member.turn:
                 pass  # wait for an action of an earlier connection to reach the disk
-            return member, Welcome(seat.accepted, min(hello.seen, self._head), seat.room, True)
-        seat = Seat(hello.nickname, token, peer, 0, hello.room)
-        member = self._members[hello.nickname] = _Member(seat, holder=holder)
+            return member, Welcome(slot.accepted, min(hello.seen, self._head), slot.room, True)
+        slot = Slot(hello.nickname, token, peer, 0, hello.room)
+        member = self._members[hello.nickname] = _Member(slot, holder=holder)
         member.away_since = trio.current_time()
         before = self._head
         try:
-            await self._apply(member, Change("enter", seat))
-        except BaseException:  # the store has not written the seat
+            await self._apply(member, Change("enter", slot))
+        except BaseException:  # the store has not written the slot
             del self._members[hello.nickname]
             raise
-        return member, Welcome(0, before, seat.room, False)
+        return member, Welcome(0, before, slot.room, False)
 
-    async def _free_a_seat(self, newcomer: str) -> bool:
-        """Take a seat from the holder with the most seats, if it has at least two more than the
-        newcomer: the seat whose client has been away longest, or else the newest."""
-        seats = Counter(member.holder for member in self._members.values())
-        most = max(seats.values(), default=0)
-        if most < seats[newcomer] + 2:
+    async def _free_a_slot(self, newcomer: str) -> bool:
+        """Take a slot from the holder with the most slots, if it has at least two more than the
+        newcomer: the slot whose client has been away longest, or else the newest."""
+        slots = Counter(member.holder for member in self._members.values())
+        most = max(slots.values(), default=0)
+        if most < slots[newcomer] + 2:
             return False
-        theirs = [one for one in self._members.values() if seats[one.holder] == most]
+        theirs = [one for one in self._members.values() if slots[one.holder] == most]
         away = [one for one in theirs if one.link is None]
         if away:
             member = min(away, key=lambda one: one.away_since)
         else:
             member = theirs[-1]  # the newest
             assert member.link is not None
-            reason = "your seat was needed for a participant with fewer seats"
+            reason = "your slot was needed for a participant with fewer slots"
             member.link.end(Bye(reason, again=False))
             member.link, member.away_since = None, trio.current_time()
         await self._free(member)
@@ -310,18 +310,18 @@ class Hub:
 
     async def _free(self, member: _Member) -> None:
         async with member.turn:
-            if member.link is None and self._members.get(member.seat.nickname) is member:
-                change = Change("leave", member.seat, member.seat.accepted + 1)
+            if member.link is None and self._members.get(member.slot.nickname) is member:
+                change = Change("leave", member.slot, member.slot.accepted + 1)
                 await self._apply(member, change)
 
     async def _act(self, member: _Member, action: Action) -> None:
         async with member.turn:
-            seat = member.seat
-            if action.number <= seat.accepted:
+            slot = member.slot
+            if action.number <= slot.accepted:
                 return  # a repeated action, which is in the log
-            if action.number != seat.accepted + 1:
+            if action.number != slot.accepted + 1:
                 raise ProtocolError("an action is missing")
-            await self._apply(member, Change(action.verb, seat, action.number, action.text))
+            await self._apply(member, Change(action.verb, slot, action.number, action.text))
 
     async def _apply(self, member: _Member, change: Change) -> None:
         job = _Job(member, change)
@@ -336,15 +336,15 @@ class Hub:
     def _answer(self, member: _Member, what: str) -> str:
         others = self._members.values()
         if what == "who":
-            room = member.seat.room
+            room = member.slot.room
             names = sorted(
-                other.seat.nickname + ("" if other.link else " (away)")
+                other.slot.nickname + ("" if other.link else " (away)")
                 for other in others
-                if other.seat.room == room
+                if other.slot.room == room
             )
             return f"in {room}: {_some(names)}"
         if what == "rooms":
-            rooms = [other.seat.room for other in others]
+            rooms = [other.slot.room for other in others]
             return _some([f"{room} ({count})" for room, count in sorted(Counter(rooms).items())])
         raise ProtocolError("unknown question")
 
@@ -392,19 +392,19 @@ class Hub:
 
     def _publish(self, member: _Member, change: Change, entries: list[Entry]) -> None:
         """Deliver the entries that are on disk."""
-        seat = member.seat
+        slot = member.slot
         if change.verb != "enter":
-            seat.accepted = change.number
+            slot.accepted = change.number
         for entry in entries:
             self._head = entry.id
             if entry.kind == "joined":
-                seat.room = entry.room
+                slot.room = entry.room
             frame = encode(entry)
             for other in self._members.values():
-                if other.seat.room == entry.room:
+                if other.slot.room == entry.room:
                     self._deliver(other, frame)
         if change.verb == "leave":
-            del self._members[seat.nickname]
+            del self._members[slot.nickname]
 
     def _tell(self, member: _Member, message: Message) -> None:
         self._deliver(member, encode(message))
@@ -414,7 +414,7 @@ class Hub:
         if link is None or link.put(frame):
             return
         reason = f"you did not read: {self._queue} messages were waiting"
-        _log.warning("%s was dropped: %s", member.seat.nickname, reason)
+        _log.warning("%s was dropped: %s", member.slot.nickname, reason)
         member.link, member.dropped = None, f"you were dropped: {reason}"
         member.away_since = trio.current_time()
         link.end(Bye(reason, again=True))

@@ -26,7 +26,7 @@ from hybridkex.qkd.store import read_key_file, write_key_file
 
 from .protocol import ChatError, Entry
 
-__all__ = ["Change", "Seat", "Store"]
+__all__ = ["Change", "Slot", "Store"]
 
 _KEPT = 20_000
 _FORMAT = 2
@@ -47,12 +47,12 @@ _TABLES = """
 
 
 @dataclass
-class Seat:
+class Slot:
     """A nickname and its holder."""
 
     nickname: str
     token: bytes
-    """The SHA-256 of the token; the token itself would give access to the seat."""
+    """The SHA-256 of the token; the token itself would give access to the slot."""
     peer: str
     """The client's verified names or its key at the first connection; empty if unknown."""
     accepted: int
@@ -65,7 +65,7 @@ class Change:
 
     verb: str
     """``enter``, ``say``, ``join`` or ``leave``."""
-    seat: Seat
+    slot: Slot
     number: int = 0
     text: str = ""
 
@@ -81,7 +81,7 @@ def _key(path: Path | None, key_file: Path | None) -> Secret:
 
 
 def _open(path: Path) -> sqlite3.Connection:
-    """Open a store exclusively: two servers would overwrite each other's seats."""
+    """Open a store exclusively: two servers would overwrite each other's slots."""
     try:
         return open_locked(path, what="store")
     except ConfigError as error:
@@ -158,9 +158,9 @@ class Store:
         """Close the file."""
         self._db.close()
 
-    def seats(self) -> list[Seat]:
-        """Return the seats of all participants."""
-        return [Seat(*row) for row in self._read("SELECT * FROM seat")]
+    def slots(self) -> list[Slot]:
+        """Return the slots of all participants."""
+        return [Slot(*row) for row in self._read("SELECT * FROM seat")]
 
     def head(self) -> int:
         """Return the identifier of the newest entry ever written."""
@@ -204,22 +204,22 @@ class Store:
         return entries
 
     def _change(self, change: Change) -> list[Entry]:
-        seat, name = change.seat, (change.seat.nickname,)
+        slot, name = change.slot, (change.slot.nickname,)
         made = []
         if change.verb == "say":
-            made.append(self._log("said", seat.room, seat.nickname, change.text))
+            made.append(self._log("said", slot.room, slot.nickname, change.text))
         if change.verb in ("join", "leave"):
-            made.append(self._log("left", seat.room, seat.nickname, ""))
+            made.append(self._log("left", slot.room, slot.nickname, ""))
             self._db.execute(
                 "UPDATE stay SET last = ? WHERE nickname = ? AND last IS NULL", (made[0].id, *name)
             )
         if change.verb in ("enter", "join"):
-            room = change.text if change.verb == "join" else seat.room
-            made.append(self._log("joined", room, seat.nickname, ""))
+            room = change.text if change.verb == "join" else slot.room
+            made.append(self._log("joined", room, slot.nickname, ""))
             self._db.execute("INSERT INTO stay VALUES (?, ?, ?, NULL)", (*name, room, made[-1].id))
             self._db.execute(
                 "INSERT OR REPLACE INTO seat VALUES (?, ?, ?, ?, ?)",
-                (*name, seat.token, seat.peer, change.number, room),
+                (*name, slot.token, slot.peer, change.number, room),
             )
         elif change.verb == "leave":
             self._db.execute("DELETE FROM seat WHERE nickname = ?", name)

@@ -80,8 +80,8 @@ _FAULTS: Final = (Exception, asyncio.CancelledError)
 
 
 _NAMES: Final = ("peername", "sockname", "socket")
-"""What ``get_extra_info`` of the transport below is asked at the beginning: on uvloop, a closed
-transport may raise AttributeError or ValueError instead."""
+"""The extra info of the transport below that is read once, at the start: on uvloop,
+``get_extra_info`` of a closed transport may raise AttributeError or ValueError."""
 
 _ABORTED: Final = connection_error(LocalStateError("the connection was aborted"))
 """Stands for the failure of a connection that the application has aborted; it is never raised."""
@@ -336,8 +336,8 @@ class Lifecycle:
 
     def engine_failed(self, error: BaseException) -> None:
         """End the connection after an exception of the engine, or of code of the configuration that
-        it calls. Such code's own goes to who waits for the handshake, and otherwise to the loop's
-        exception handler and ``connection_lost``."""
+        it calls. An exception of such code goes to the caller that awaits the handshake, and
+        otherwise to the loop's exception handler and ``connection_lost``."""
         if isinstance(error, HybridkexError):
             self.fail(error)
             return
@@ -386,8 +386,8 @@ class Lifecycle:
         self.renewer = self.pads = None
         self.engine.release()
         del self.reading, self.writing  # breaks the cycles; nothing is received or sent any more
-        # Both lead to tracebacks, those to our frames, and they to us: a reference kept here would
-        # keep the keys in memory until the garbage collector runs.
+        # Both hold tracebacks, whose frames refer to this object: a reference kept here would keep
+        # the keys in memory until the garbage collector runs.
         failure, self.failure = self.failure, None
         ready, self._ready = self._ready, None
         if self.register is not None:
@@ -805,7 +805,7 @@ class ReadingHalf(asyncio.BufferedProtocol):
 
     @property
     def holds_data(self) -> bool:
-        """Whether there is received data that the application has not got."""
+        """Whether received data is undelivered."""
         return bool(self._held)
 
     def discard(self) -> None:

@@ -127,8 +127,8 @@ class SecureTransport(transports._FlowControlMixin):
         return self._life.engine.export(label, context, length)
 
     def export_fresh(self, label: bytes, context: bytes, length: int) -> Secret:
-        """As :meth:`export`, from the exporter secret of the epoch in use: another one after each
-        key update (draft-ietf-tls-extended-key-update-13 section 10).
+        """Like :meth:`export`, from the current epoch's exporter secret, which each key update
+        replaces (draft-ietf-tls-extended-key-update-13 section 10).
 
         Raises:
             LocalStateError: the handshake is not complete, or Extended Key Update was not

@@ -46,7 +46,7 @@ def read_options(
         option = name.replace("_", "-")
         action = known.get(f"--{option}")
         if action is None or action.dest == "help":
-            raise ConfigError(f"{name} is not a setting")
+            raise ConfigError(f"unknown setting {name}")
         if "-" in name:
             raise ConfigError(f"write {name} as {name.replace('-', '_')} in a file")
         words += [f"--{option}{rest}" for rest in _values(name, value, action, base)]

@@ -27,13 +27,13 @@ def watched(path: Path | None, certificate: x509.Certificate | None) -> Iterator
         yield
         return
     watch = ExpiryWatch(lambda text: LOG.warning("%s", text))
-    watch.own(path, certificate)
+    watch.watch_own(path, certificate)
     scope = trio.CancelScope()
 
     async def look() -> None:
         with scope:
             while True:
-                seconds = watch.look()
+                seconds = watch.check()
                 await trio.sleep(seconds)
 
     # Not in a nursery: an error in the context must not be wrapped in an exception group.

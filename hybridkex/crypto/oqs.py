@@ -21,10 +21,8 @@ from typing import Any, Final
 from hybridkex.errors import ProviderMissing
 
 HOW_TO_GET_IT: Final = (
-    "install the extra hybridkex[oqs], and the native liboqs as a shared library: from your "
-    "distribution (liboqs-dev, liboqs), by hand (cmake -DBUILD_SHARED_LIBS=ON, installed into "
-    "~/_oqs, into the folder that OQS_INSTALL_PATH names, or where the linker looks), or by "
-    'liboqs-python itself, which clones and builds it when you run: python -c "import oqs"'
+    "install hybridkex[oqs], and the shared library liboqs from your distribution or into "
+    "OQS_INSTALL_PATH (docs/plug-ins.md)"
 )
 
 _SUFFIX: Final = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
@@ -40,8 +38,8 @@ def _candidates() -> Iterator[str]:
         if found:
             yield found
     try:
-        # Set but empty means the working directory to liboqs-python. If we disagreed, it would
-        # build.
+        # Set but empty means the working directory to liboqs-python. With another rule here,
+        # liboqs-python would start a build.
         named = os.environ.get("OQS_INSTALL_PATH")
         root = Path.home() / "_oqs" if named is None else Path(named)
     except RuntimeError:

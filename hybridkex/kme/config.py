@@ -65,8 +65,8 @@ class LinkConfig:
     real_time: bool = False
     """Whether detections come at the rate of the laser; otherwise as fast as they are computed."""
     bootstrap: str | None = None
-    """What authenticates the first block. ``None``: ML-DSA, or what the two certificates are for if
-    the other end is in another process."""
+    """What authenticates the first block. ``None``: ML-DSA within one process, the algorithm of
+    the two certificates' keys between processes."""
     party: str | None = None
     """Our role if the other end is in another process: ``alice``, who listens, or ``bob``."""
     address: TcpAddress | None = None
@@ -74,7 +74,7 @@ class LinkConfig:
     """The credential of the other KME; with our own it authenticates the first block. Its key is
     pinned: the dates of the certificate do not count."""
     reauthentication: str = "refuse"
-    """``signatures``: they may begin the link again when one end lost its authentication key."""
+    """``signatures``: re-authenticate by signature if one end has lost its authentication key."""
 
     @property
     def remote(self) -> "RemoteEnd | None":
@@ -109,8 +109,8 @@ class LinkConfig:
             raise ConfigError("party, address and peer_credential must be given together")
         if self.reauthentication == "signatures" and self.party is None:
             raise ConfigError(
-                'reauthentication = "signatures" is for a link to another process; leave it out: '
-                "within one process both ends begin again together"
+                'reauthentication = "signatures" applies only to a link between two processes: '
+                "remove it"
             )
 
 
@@ -136,8 +136,8 @@ class PeerConfig:
             raise ConfigError(f'{self.id}: a link table needs producer = "link"')
         if self.producer == "link" and (self.url is None) != (self.link.party is None):
             raise ConfigError(
-                f"{self.id}: a link to a KME of another process has a party, one to a KME of this "
-                "file has none"
+                f"{self.id}: set party, address and peer_credential for a link to a KME in "
+                "another process, and only there"
             )
 
 
@@ -242,7 +242,7 @@ def _build(kind: type[T], data: object, base: Path, where: str) -> T:
     fields = {one.name: one for one in dataclasses.fields(kind)}  # type: ignore[arg-type]
     for name in data:
         if name not in fields:
-            raise ConfigError(f"{where}{name} is not a setting")
+            raise ConfigError(f"unknown setting {where}{name}")
     for name, one in fields.items():
         required = one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING
         if required and name not in data:

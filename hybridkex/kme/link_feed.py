@@ -190,7 +190,7 @@ class PairFeed:
     """Both ends of a link within one process.
 
     Args:
-        make: creates the link, once for each session: both ends begin again together.
+        make: creates the link, with both its ends, once for each session.
     """
 
     def __init__(self, make: Callable[[], SimulatedLink], *, name: str = NAME) -> None:

@@ -37,13 +37,11 @@ class KmeMetrics:
             buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5),
         )
         self.delivered = counter("kme_keys_delivered", "Keys given to SAEs.", "role", "sae")
-        self.stored = gauge(
-            "kme_keys_stored", "Keys of a link that are not promised to any SAE.", "link"
-        )
-        self.produced = counter("kme_keys_produced", "Keys taken in from a producer.", "link")
+        self.stored = gauge("kme_keys_stored", "Unreserved keys of a link.", "link")
+        self.produced = counter("kme_keys_produced", "Keys received from a producer.", "link")
         self.refused = counter(
             "kme_blocks_refused",
-            "Keys that the KME at the other end would not allot.",
+            "Keys that the peer KME refused to reserve.",
             *("link", "reason"),
         )
         self.lost = counter(
@@ -92,7 +90,7 @@ class KmeMetrics:
         refused: Iterable[Enum],
         excess: Iterable[str],
     ) -> None:
-        """Begin the counters of a link at zero: Prometheus sees no increase before the first value.
+        """Set the counters of a link to zero: Prometheus sees no increase before the first value.
 
         The reasons are those for which keys are lost, blocks refused, and calls of a peer limited.
         """
@@ -108,7 +106,7 @@ class KmeMetrics:
                 counter.labels(kme, link, reason)
 
     def begin_qkd_link(self, kme: str, link: str) -> None:
-        """Begin the counters of a QKD link at zero, as :meth:`begin_link` does."""
+        """Set the counters of a QKD link to zero, as :meth:`begin_link` does."""
         for outcome in ("made", "aborted"):
             self.link_blocks.labels(kme, link, outcome)
         self.link_sifted.labels(kme, link)

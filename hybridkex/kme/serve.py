@@ -286,7 +286,7 @@ class KmeServer:
 
     async def _watch_certificates(self) -> None:
         while True:
-            seconds = min(one.expiry.look() for one in self._settings.values())
+            seconds = min(one.expiry.check() for one in self._settings.values())
             await trio.sleep(seconds)
 
     # -- links
@@ -408,7 +408,7 @@ class KmeServer:
             of_a_peer = caller in kme.settings.peers
             if of_a_peer or caller in config.saes:
                 who = f"the {'KME' if of_a_peer else 'SAE'} {caller}"
-                settings.expiry.peer(who, certificate_from_der(certificate))
+                settings.expiry.watch_peer(who, certificate_from_der(certificate))
                 connection.recognize()
             connection.admit(settings.of_peers if of_a_peer else settings.of_saes, caller)
             # The HTTP limits must fit what a KME announces, to SAEs and between KMEs.
@@ -477,7 +477,7 @@ class _Settings:
             problem = problem_of_name(config.certificate, own, config.id, config.id_rule)
             if problem is not None:
                 LOG.warning("%s: %s", config.id, problem)
-            expiry.own(config.certificate, own)
+            expiry.watch_own(config.certificate, own)
         made = cls(
             config=config,
             handshake=handshake,
@@ -606,6 +606,6 @@ def _confirms(kme_id: str, rule: IdRule, expiry: ExpiryWatch) -> Callable[[bytes
             raise KeySourceUnavailable(
                 f"its certificate names {found}; check the url and the KME at that address"
             )
-        expiry.peer(f"the KME {kme_id}", certificate_from_der(certificate))
+        expiry.watch_peer(f"the KME {kme_id}", certificate_from_der(certificate))
 
     return check

@@ -8,9 +8,9 @@ move is interrupted:
 2. the file records the database: its keys go to no other, and it cannot be put into service;
 3. the rows are copied; a row that is there is left alone, so the step can be repeated;
 4. the database records that the move is complete, and may be put into service;
-5. the keys of the file are erased, together with the record of where they went.
+5. in one transaction, the keys in the file are erased and the file records where they went.
 
-The rows are copied as they are, encrypted: both stores identify a row to the cipher alike.
+The rows are copied as they are, encrypted: both stores use the same associated data for a row.
 """
 
 import uuid

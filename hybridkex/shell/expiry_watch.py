@@ -9,7 +9,7 @@ from cryptography import x509
 
 from hybridkex.crypto.expiry import problem_of_expiry, seconds_to_next
 
-LOOK_EVERY: Final = 3600.0
+CHECK_EVERY: Final = 3600.0
 """The maximum number of seconds between two readings of the clock, which may be set while the
 machine sleeps or runs."""
 REMEMBERED: Final = 8
@@ -24,25 +24,25 @@ class _Watched:
     name: str
     certificate: x509.Certificate
     remedy: str
-    told: deque[str] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
+    reported: deque[str] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
 
 
 class ExpiryWatch:
     """Reports when a certificate is about to expire and when it has expired, each once.
 
     Args:
-        tell: called with each text.
+        report: called with each text.
     """
 
-    def __init__(self, tell: Callable[[str], object]) -> None:
-        self._tell = tell
+    def __init__(self, report: Callable[[str], object]) -> None:
+        self._report = report
         self._holders: dict[str, _Watched] = {}
 
-    def own(self, file: object, certificate: x509.Certificate) -> None:
+    def watch_own(self, file: object, certificate: x509.Certificate) -> None:
         """Watch a certificate of our own; ``file`` is where it comes from."""
         self._watch(f"our own certificate {file}", certificate, "renew it")
 
-    def peer(self, who: str, certificate: x509.Certificate) -> None:
+    def watch_peer(self, who: str, certificate: x509.Certificate) -> None:
         """Watch the certificate that a peer presents, in place of its earlier one.
 
         ``who`` is one of a bounded number of peers, such as ``SAE alice``.
@@ -56,20 +56,20 @@ class ExpiryWatch:
             watched = _Watched(name=name, certificate=certificate, remedy=remedy)
             self._holders[name] = watched
         watched.certificate = certificate
-        self._look_at(watched)
+        self._check_one(watched)
 
-    def look(self) -> float:
+    def check(self) -> float:
         """Report what is due. Returns the seconds until the next call."""
-        next_looks = [LOOK_EVERY]
+        next_checks = [CHECK_EVERY]
         for watched in self._holders.values():
-            self._look_at(watched)
+            self._check_one(watched)
             left = seconds_to_next(watched.certificate)
             if left is not None:
-                next_looks.append(left + 1)
-        return min(next_looks)
+                next_checks.append(left + 1)
+        return min(next_checks)
 
-    def _look_at(self, watched: _Watched) -> None:
+    def _check_one(self, watched: _Watched) -> None:
         problem = problem_of_expiry(watched.name, watched.certificate, remedy=watched.remedy)
-        if problem is not None and problem not in watched.told:
-            watched.told.append(problem)
-            self._tell(problem)
+        if problem is not None and problem not in watched.reported:
+            watched.reported.append(problem)
+            self._report(problem)

@@ -154,8 +154,8 @@ class SecureDuplex:
         return self._connected.export(label, context, length)
 
     def export_fresh(self, label: bytes, context: bytes, length: int) -> Secret:
-        """As :meth:`export`, from the exporter secret of the epoch in use: another one after each
-        key update (draft-ietf-tls-extended-key-update-13 section 10).
+        """Like :meth:`export`, from the current epoch's exporter secret, which each key update
+        replaces (draft-ietf-tls-extended-key-update-13 section 10).
 
         Raises:
             LocalStateError: Extended Key Update was not negotiated.

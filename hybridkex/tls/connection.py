@@ -519,7 +519,7 @@ class Connection:
         return self._connected().exporter.export(label, context, length)
 
     def export_fresh(self, label: bytes, context: bytes, length: int) -> Secret:
-        """As :meth:`export`, from the exporter secret of the epoch in use
+        """Like :meth:`export`, from the exporter secret of the current epoch
         (draft-ietf-tls-extended-key-update-13 section 10).
 
         Raises:

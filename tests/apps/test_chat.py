@@ -48,7 +48,7 @@ from examples.chat.protocol import (
     encode,
     printable,
 )
-from examples.chat.store import Change, Seat, Store
+from examples.chat.store import Change, Slot, Store
 from hybridkex import (
     ClientConfig,
     DevCa,
@@ -266,7 +266,7 @@ def test_two_parties_without_a_server(processes: Processes) -> None:
     third = processes.start(
         "bob", "pair", f"localhost:{port}", "--nick", "carol", "--fresh-keys", "peer"
     )
-    assert third.rest() == "chat: there is no seat left\n"
+    assert third.rest() == "chat: no slot is free\n"
     type_in(alice, "/keys")
     read_until(alice, "keys from:")
     type_in(bob, "/quit")
@@ -704,8 +704,8 @@ async def test_new_keys_under_traffic(nursery: trio.Nursery, store: Store) -> No
     assert len(os.listdir("/proc/self/fd")) <= before + 1
 
 
-async def test_one_peer_does_not_take_all_seats(store: Store) -> None:
-    """Seats that it takes and leaves go to others; those of the others stay theirs."""
+async def test_one_peer_does_not_take_all_slots(store: Store) -> None:
+    """Slots that it takes and leaves go to others; those of the others stay theirs."""
     hub = Hub(store, most=6)
 
     async def sit(nickname: str, peer: str, nursery: trio.Nursery) -> str:
@@ -723,11 +723,11 @@ async def test_one_peer_does_not_take_all_seats(store: Store) -> None:
             nursery.start_soon(hub.run)
             for number in range(6):
                 assert await sit(f"m{number}", "many", nursery) == ""
-            assert await sit("m6", "many", nursery) == "there is no seat left"
+            assert await sit("m6", "many", nursery) == "no slot is free"
             for nickname in ("a", "b", "c"):
                 assert await sit(nickname, nickname, nursery) == ""
             assert await sit("a2", "a", nursery) == ""  # one more; "many" had three
-            assert await sit("a3", "a", nursery) == "there is no seat left"
+            assert await sit("a3", "a", nursery) == "no slot is free"
             assert sorted(hub._members) == ["a", "a2", "b", "c", "m4", "m5"]
             nursery.cancel_scope.cancel()
 
@@ -737,8 +737,8 @@ async def test_questions_in_a_full_house(store: Store) -> None:
     hub = Hub(store)
     for number in range(900):
         nickname = f"{number}{'ü' * 20}"
-        seat = Seat(nickname, b"", "peer", 0, "lobby" if number % 2 else f"{number}{'r' * 20}")
-        hub._members[nickname] = _Member(seat)
+        slot = Slot(nickname, b"", "peer", 0, "lobby" if number % 2 else f"{number}{'r' * 20}")
+        hub._members[nickname] = _Member(slot)
     ours, theirs = trio.testing.memory_stream_pair()
     frames = Frames(ours)
     with trio.fail_after(20):
@@ -763,7 +763,7 @@ async def test_questions_in_a_full_house(store: Store) -> None:
             nursery.cancel_scope.cancel()
 
 
-async def test_a_connection_that_ends_before_its_seat_is_written_leaves_none(store: Store) -> None:
+async def test_a_connection_that_ends_before_its_slot_is_written_leaves_none(store: Store) -> None:
     hub = Hub(store)
     with contextlib.suppress(trio.WouldBlock):
         while True:  # a disk that is slow: nothing more can be queued for it
@@ -778,7 +778,7 @@ async def test_a_connection_that_ends_before_its_seat_is_written_leaves_none(sto
     assert "late" not in hub._members
 
 
-async def test_a_seat_that_cannot_be_freed_now(
+async def test_a_slot_that_cannot_be_freed_now(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk is full when a client has been away for too long."""
@@ -809,8 +809,8 @@ async def test_a_seat_that_cannot_be_freed_now(
             nursery.cancel_scope.cancel()
 
 
-async def test_seats_that_share_a_psk_count_by_network(store: Store) -> None:
-    """One client takes all the seats, and keeps them: the newest go to those from elsewhere."""
+async def test_slots_that_share_a_psk_count_by_network(store: Store) -> None:
+    """One client takes all the slots, and keeps them: the newest go to those from elsewhere."""
     hub = Hub(store, most=6)
     open_: list[trio.abc.Stream] = []
 
@@ -827,16 +827,16 @@ async def test_seats_that_share_a_psk_count_by_network(store: Store) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(hub.run)
             greedy = [(await sit(f"m{number}", "10.0.0.1", nursery))[1] for number in range(6)]
-            assert (await sit("m6", "10.0.0.1", nursery))[0] == "there is no seat left"
+            assert (await sit("m6", "10.0.0.1", nursery))[0] == "no slot is free"
             for number, nickname in enumerate(("a", "b", "c")):
                 assert (await sit(nickname, f"10.0.1.{number}", nursery))[0] == ""
             while not isinstance(farewell := await greedy[5].receive(), Bye):
                 assert farewell is not None
             assert (farewell.reason, farewell.again) == (
-                "your seat was needed for a participant with fewer seats",
+                "your slot was needed for a participant with fewer slots",
                 False,
             )
-            assert (await sit("m7", "10.0.0.1", nursery))[0] == "there is no seat left"
+            assert (await sit("m7", "10.0.0.1", nursery))[0] == "no slot is free"
             assert sorted(hub._members) == ["a", "b", "c", "m0", "m1", "m2"]
             nursery.cancel_scope.cancel()
 
@@ -919,8 +919,8 @@ def test_what_was_said_is_encrypted_in_the_file(tmp_path: Path) -> None:
     it does not."""
     path, said = tmp_path / "log.sqlite", "meet me at the harbour"
     store = Store(path)
-    seat = Seat("alice", bytes(32), "", 0, "lobby")
-    store.apply([Change("enter", seat), *(Change("say", seat, 1, said + mark) for mark in "!?")])
+    slot = Slot("alice", bytes(32), "", 0, "lobby")
+    store.apply([Change("enter", slot), *(Change("say", slot, 1, said + mark) for mark in "!?")])
     files = [one for one in tmp_path.iterdir() if one.name != "log.sqlite.key"]
     assert len(files) > 1  # the write-ahead log, too
     assert not any(b"harbour" in one.read_bytes() for one in files)
@@ -954,7 +954,7 @@ def test_a_store_has_one_server(tmp_path: Path) -> None:
     for name in (path, other):
         with pytest.raises(ChatError, match="is in use by another process"):
             Store(name, tmp_path / "log.sqlite.key")
-    first.apply([Change("enter", Seat("alice", bytes(32), "", 0, "lobby"))])
+    first.apply([Change("enter", Slot("alice", bytes(32), "", 0, "lobby"))])
     first.close()
     next_one = Store(path)
     assert next_one.head() == 1

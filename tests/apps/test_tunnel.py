@@ -464,7 +464,7 @@ async def test_reload(tunnel: Tunnel) -> None:
         good = tunnel.file.read_text()
         for broken, reason in (
             ("metrics = [", "Invalid"),
-            (good.replace("target", "tarjet"), "[[listen]] in: tarjet is not a setting"),
+            (good.replace("target", "tarjet"), "[[listen]] in: unknown setting tarjet"),
             (good.replace("cert.pem", "none.pem"), "none.pem: No such file"),
             (good + '[[connect]]\nname = "third"\nlocal = "192.0.2.1:9"\nremote = "a:1"\n', "192"),
             (
@@ -679,7 +679,7 @@ async def test_a_connection_that_lasts_renews_its_keys(tunnel: Tunnel, kmes: Kme
     [
         ("", "no tunnel is configured"),
         ("grace = -1\n", "no tunnel is configured"),
-        ("color = 1\n", "color is not a setting"),
+        ("color = 1\n", "unknown setting color"),
         ("grace = true\n", "grace has the wrong type: it must be a string or a number"),
         ("listen = 1\n", "write each tunnel as a table [[listen]]"),
         ("[[connect]]\n", "the following arguments are required: local, remote"),
@@ -695,7 +695,7 @@ async def test_a_connection_that_lasts_renews_its_keys(tunnel: Tunnel, kmes: Kme
             '[[connect]]\nlocal="h:1"\nremote="h:1"\nidle_timeout=0\n',
             "time limits must be positive",
         ),
-        ('[[connect]]\nlocal="h:1"\nremote="h:1"\nlocal-x=0\n', "local-x is not a setting"),
+        ('[[connect]]\nlocal="h:1"\nremote="h:1"\nlocal-x=0\n', "unknown setting local-x"),
         ("[[connect]]\nidle-timeout=9\n", "write idle-timeout as idle_timeout in a file"),
         (
             '[[connect]]\nlocal="h:1"\nremote="h:1"\ninsecure="yes"\n',

@@ -12,7 +12,7 @@ from hybridkex.cli.key_sources import key_sources
 from hybridkex.cli.own_certificate import watched
 from hybridkex.cli.qkd_options import KmeOptions, QkdOptions
 from hybridkex.crypto import expiry
-from hybridkex.shell.expiry_watch import LOOK_EVERY, REMEMBERED, ExpiryWatch
+from hybridkex.shell.expiry_watch import CHECK_EVERY, REMEMBERED, ExpiryWatch
 
 END = datetime(2030, 6, 15, 12, tzinfo=UTC)
 CA = DevCa.create()
@@ -117,16 +117,16 @@ def test_a_peer_that_renews_its_certificate(clock: list[datetime]) -> None:
     watch = ExpiryWatch(told.append)
     old, new = certificate(END), certificate(END + timedelta(days=365))
     clock.append(END - timedelta(days=15))
-    watch.peer("SAE alice", old)
-    assert watch.look() == LOOK_EVERY
+    watch.watch_peer("SAE alice", old)
+    assert watch.check() == CHECK_EVERY
     assert not told
     clock.append(END - timedelta(days=13))
-    watch.look()
+    watch.check()
     remedy = "its owner must renew it, since it is refused from then on"
     assert told == [f"the certificate of SAE alice expires on 2030-06-15: {remedy}"]
-    watch.peer("SAE alice", new)
+    watch.watch_peer("SAE alice", new)
     clock.append(END + timedelta(days=1))
-    assert watch.look() == LOOK_EVERY
+    assert watch.check() == CHECK_EVERY
     assert len(told) == 1
 
 
@@ -137,5 +137,5 @@ def test_a_peer_with_several_certificates_is_named_once_for_each(clock: list[dat
     several = [certificate(END - timedelta(days=number)) for number in range(REMEMBERED - 1)]
     for _ in range(100):
         for one in several:
-            watch.peer("SAE alice", one)
+            watch.watch_peer("SAE alice", one)
     assert len(told) == len(set(told)) == len(several)

@@ -163,7 +163,7 @@ def test_dev_up_with_post_quantum_tls(tmp_path: Path, hybridkex: Forkserver, kme
         ("", "has no \\[\\[kme\\]\\]|kme is missing"),
         ("kme = 5", "must be an array"),
         ("[[kme]]\nid = 'a'", "is missing"),
-        ("x = 1\nkme = []", "x is not a setting"),
+        ("x = 1\nkme = []", "unknown setting x"),
         ("kme = [", "kme.toml"),
     ],
 )

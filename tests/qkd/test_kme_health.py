@@ -433,7 +433,7 @@ def test_the_log_as_json_and_the_check(two_kmes: Path, hybridkex: Forkserver) ->
         ("kme-b/cert.pem", "kme-a/cert.pem", "private key is not that of the certificate"),
         ("kme-a/keys.db", "nowhere/keys.db", "files cannot be created in"),
         ("kme-a/keys.db", f"postgresql://kme@127.0.0.1:{free_port()}/kme", "cannot use the key"),
-        ("[[kme.peer]]", "[[kme.pear]]", "is not a setting"),
+        ("[[kme.peer]]", "[[kme.pear]]", "unknown setting"),
     ):
         path.write_text(good.replace(before, after, 1))
         refused = hybridkex.run("kme", "serve", path, "--check")

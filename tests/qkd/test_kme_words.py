@@ -82,7 +82,9 @@ async def test_what_the_client_says(site: Site, serve: Any, tmp_path: Path, tls:
         said["The KME is kme-a, not kme-z".replace("The", "the")] = await complaint(
             site, address, tls=tls, kme_id="kme-z"
         )
-    said["cannot be reached: Connection refused"] = await complaint(site, closed_port(), tls=tls)
+    said[
+        "cannot be reached: Connection refused; check that it runs, and its address"
+    ] = await complaint(site, closed_port(), tls=tls)
     async with answering(b"HTTP/1.1 400 Bad Request\r\n\r\n") as plain:
         said["cannot be reached"] = await complaint(site, plain, tls=tls)
     for expected, text in said.items():
@@ -274,8 +276,8 @@ async def test_what_a_kme_says_about_its_peer(
                 assert (await alice.get("/bob/enc_keys")).status_code == 200
     told = [record.getMessage() for record in caplog.records if "the KME kme-b" in record.message]
     assert told == [
-        "kme-a: the KME kme-b: it cannot be reached: Connection refused. "
-        "Requests for its SAEs get 503 until it answers",
+        "kme-a: the KME kme-b: it cannot be reached: Connection refused; check that it runs, and "
+        "its address. Requests for its SAEs get 503 until it answers",
         "kme-a: the KME kme-b answers again",
     ]
 
@@ -374,7 +376,7 @@ async def test_a_running_kme_warns_before_certificates_expire(
             return now + timedelta(days=today)  # type: ignore[return-value]
 
     monkeypatch.setattr(expiry, "datetime", Clock)
-    monkeypatch.setattr(expiry_watch, "LOOK_EVERY", 0.01)
+    monkeypatch.setattr(expiry_watch, "CHECK_EVERY", 0.01)
     told: list[tuple[int, list[str]]] = []
     ports = closed_port(), closed_port()
     # Bob's KME reaches nobody: it sees the certificate of the other as a server.

@@ -256,7 +256,7 @@ class KmeClient:
         content: models.Json | None = None,
     ) -> object:
         """Make one request: a GET, or a POST where there is ``content`` and no ``query``. Errors
-        name the call and the KME, never a key.
+        name the KME, never a key.
 
         A request is sent again only where the answer says that nothing was done: a redirect that
         adds the slash at the end, and 405 for a GET that has a POST form.
@@ -285,7 +285,7 @@ class KmeClient:
                     "and issued by an authority that the KME trusts"
                 ) from None
             raise KeySourceUnavailable(
-                f"the KME at {self._access.url} {what_failed(error)} ({call})"
+                f"the KME at {self._access.url} {what_failed(error)}"
             ) from None
         try:
             value = load_json(answer.body)

@@ -95,7 +95,7 @@ def _verify_reason(error: ssl.SSLCertVerificationError) -> str:
     """OpenSSL's reason, with the next step if a wrong authority is the likely cause."""
     text = str(error.verify_message)
     if error.verify_code in _UNKNOWN_ISSUER:
-        text += "; is its authority the one in our file of authorities?"
+        text += "; check that our file of authorities has its authority"
     return text
 
 

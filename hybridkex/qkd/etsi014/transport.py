@@ -431,9 +431,12 @@ class _Connection:
 def what_failed(error: BaseException) -> str:
     """Why a request got no answer, as a predicate of the KME: *cannot be reached: ...*."""
     kind = _outermost(error)
-    why = tls_failure(error) or _system_reason(error)
+    tls, system = tls_failure(error), _system_reason(error)
     if isinstance(kind, httpcore.ConnectError | httpcore.ConnectTimeout):
-        text = f"cannot be reached: {why or _reason(error)}"
+        if not tls:
+            why = system or _reason(error)
+            return f"cannot be reached: {why}; check that it runs, and its address"
+        text = f"cannot be reached: {tls}"
         if alert_received(error) in _NOTHING_IN_COMMON:
             text += (
                 '; it may lack our TLS version or group: a KME with tls = "hybridkex" needs a '
@@ -449,7 +452,7 @@ def what_failed(error: BaseException) -> str:
     if "longer than" in str(kind):
         return f"gave {kind}"
     # A TLS 1.3 server verifies our certificate after our handshake is complete.
-    why = f" ({why})" if why else ""
+    why = f" ({tls or system})" if tls or system else ""
     return f"closed the connection without a response{why}; it may not accept our certificate"
 
 

@@ -36,7 +36,7 @@ def _is_number(value: Any) -> bool:
         return False
     try:
         return not math.isnan(value)
-    except OverflowError:  # an int that is no float
+    except OverflowError:  # an int that is too large for a float
         return False
 
 

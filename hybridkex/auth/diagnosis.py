@@ -316,9 +316,9 @@ def _authority(issuer: x509.Certificate, below: Sequence[x509.Certificate]) -> F
     signed = f"and yet it signed {subject_of(below[-1])}"
     constraints = _extension(issuer, x509.BasicConstraints)
     if constraints is None:
-        return Finding(issuer, f"has no basicConstraints, so it is no authority, {signed}")
+        return Finding(issuer, f"has no basicConstraints, so it is not a CA, {signed}")
     if not constraints.ca:
-        return Finding(issuer, f"is not an authority's (basicConstraints CA:FALSE), {signed}")
+        return Finding(issuer, f"is not a CA (basicConstraints CA:FALSE), {signed}")
     usage = _extension(issuer, x509.KeyUsage)
     if usage is not None and not usage.key_cert_sign:
         return Finding(issuer, f"may not sign certificates (keyUsage lacks keyCertSign), {signed}")

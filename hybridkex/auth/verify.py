@@ -165,7 +165,7 @@ class TrustStore:
         source: the source of the authorities, for messages.
 
     Raises:
-        ConfigError: there is no authority, or a pin is malformed.
+        ConfigError: no authority was given, or a pin is malformed.
     """
 
     authorities: tuple[x509.Certificate, ...] = field(repr=False)

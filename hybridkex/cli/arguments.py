@@ -95,7 +95,7 @@ def add_options(parser: argparse.ArgumentParser, options: type, **preset: Any) -
     Args:
         parser: where to add them.
         options: the dataclass.
-        preset: values of fields that are no options here.
+        preset: values of fields that are not options here.
     """
     parser.set_defaults(**preset)
     _Adder(parser, preset).add(options)
@@ -289,7 +289,7 @@ class Command:
         status: the meaning of the exit status.
         notes: where to read more, or further remarks.
         action: what it does, unless it has ``commands``.
-        preset: values of fields that are no options here.
+        preset: values of fields that are not options here.
         summary: the line for it in the help of the command above it.
         commands: its own commands, by name.
     """

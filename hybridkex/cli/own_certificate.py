@@ -30,14 +30,14 @@ def watched(path: Path | None, certificate: x509.Certificate | None) -> Iterator
     watch.watch_own(path, certificate)
     scope = trio.CancelScope()
 
-    async def look() -> None:
+    async def check_regularly() -> None:
         with scope:
             while True:
                 seconds = watch.check()
                 await trio.sleep(seconds)
 
     # Not in a nursery: an error in the context must not be wrapped in an exception group.
-    trio.lowlevel.spawn_system_task(look)
+    trio.lowlevel.spawn_system_task(check_regularly)
     try:
         yield
     finally:

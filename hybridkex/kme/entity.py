@@ -81,9 +81,9 @@ LATE_WAITS: Final = (0.05, 0.1, 0.2, 0.4, 0.8)
 """Seconds before each retry of a request while the other end lacks some of the blocks."""
 
 LOST: Final = {
-    "refused": "the other end does not allot them (it has spent them, or never had them)",
-    "unknown": "the other end does not have them",
-    "voided": "the other end has discarded them",
+    "refused": "the peer KME refused to reserve them (it has spent them, or never had them)",
+    "unknown": "the peer KME does not have them",
+    "voided": "the peer KME has discarded them",
     "short": "they are shorter than limits.key_size, which was raised after they were made, or "
     "which is smaller in another process of this KME",
     "unrecorded": "their delivery could not be recorded for certain",
@@ -244,12 +244,12 @@ class KeyManagementEntity:
             return dict.fromkeys(self._links, str(error))
         found: dict[str, str | None] = dict.fromkeys(self._links)
 
-        async def look(link: _Link) -> None:
+        async def check_link(link: _Link) -> None:
             found[link.target] = await self._hindrance(link)
 
         async with trio.open_nursery() as nursery:  # a silent KME must not delay the others
             for link in self._links.values():
-                nursery.start_soon(look, link)
+                nursery.start_soon(check_link, link)
         return found
 
     async def _hindrance(self, link: _Link) -> str | None:
@@ -262,7 +262,7 @@ class KeyManagementEntity:
         if link.target == self.kme_id:
             return None
         if link.peer is None:
-            return "the KME at the other end is not connected"
+            return "the peer KME is not connected"
         try:
             await link.peer.check(())
         except KeySourceUnavailable as error:
@@ -452,16 +452,14 @@ class KeyManagementEntity:
             await self._store.check()
         if link.target != self.kme_id:
             if link.peer is None:
-                raise ErrorResponse(503, "the KME at the other end is not connected")
+                raise ErrorResponse(503, "the peer KME is not connected")
             try:
                 await link.peer.ext_keys(
                     ExtKeys(allotments=allotments, master=master, slaves=tuple(slaves))
                 )
             except KeySourceUnavailable as error:
                 self._note_peer(link, error)
-                raise ErrorResponse(
-                    503, "the KME at the other end does not answer as it should"
-                ) from None
+                raise ErrorResponse(503, "the peer KME gave no valid response") from None
             except BlocksRefused:
                 self._note_peer(link, None)
                 if link.try_again is not None:
@@ -477,12 +475,12 @@ class KeyManagementEntity:
             raise
         except KeyConsumed:
             # One block expired, or went to the peer. The other KME's promises are useless now, and
-            # so are the rest of our blocks, which it will not allot again.
+            # so are the rest of our blocks, which it will not reserve again.
             blocks = [block for one in allotments for block in one.blocks]
             await self._store.release(link.target, blocks)
             await self._erase(link, blocks, "overtaken")
             await self._tell_void(link, [one.key_id for one in allotments])
-            raise ErrorResponse(503, "a key expired while it was being allotted") from None
+            raise ErrorResponse(503, "a key expired while it was being reserved") from None
         link.try_again = None
         link.note_gone(sum(len(one.blocks) for one in allotments))
 
@@ -505,7 +503,7 @@ class KeyManagementEntity:
     async def _erase_refused(
         self, link: _Link, found: list[Material], states: Mapping[str, BlockState]
     ) -> None:
-        """Erase material that the other end will never allot, on both sides."""
+        """Erase material that the peer KME will never reserve, on both sides."""
         arrived = time.time() - self.limits.sync_grace
         dead: list[str] = []
         for material in found:
@@ -550,8 +548,8 @@ class KeyManagementEntity:
         fields = self._fields(reason, link.target, key_ids)
         self._log_keys(fields, "erased keys of the link to %s, %s", link.target, reason)
         text = "%s: %d keys of the link to %s are lost and erased: %s"
-        told = self.kme_id, len(key_ids), link.target, LOST[reason]
-        self.log.log(logging.WARNING, text, *told)
+        values = self.kme_id, len(key_ids), link.target, LOST[reason]
+        self.log.log(logging.WARNING, text, *values)
 
     async def _tell_void(self, link: _Link, key_ids: list[str]) -> None:
         if link.peer is not None and key_ids:
@@ -819,13 +817,13 @@ class KeyManagementEntity:
 
 
 async def _recorded(
-    link: _Link, unsettled: set[_Unsettled], look: Callable[..., Awaitable[list[_Unsettled]]]
+    link: _Link, unsettled: set[_Unsettled], find: Callable[..., Awaitable[list[_Unsettled]]]
 ) -> list[_Unsettled]:
     """Empty a set of a link. Returns those that the store recorded as delivered."""
     asked = sorted(unsettled)
     if not asked:
         return []
-    found = await look(link.target, asked)
+    found = await find(link.target, asked)
     found = [one for one in found if one in unsettled]  # not erased and counted meanwhile
     unsettled.difference_update(asked)
     return found

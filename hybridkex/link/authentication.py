@@ -153,7 +153,7 @@ class Signatures:
             public = peer.public_key()
         except UNREADABLE as error:
             raise ConfigError(
-                f"{certificate} is no certificate in PEM form: {parse_failure(error)}"
+                f"{certificate} is not a certificate in PEM form: {parse_failure(error)}"
             ) from None
         try:
             return cls(own, public, certificate)

@@ -231,7 +231,7 @@ class PostgresKeyStore(KeyStore):
             if is_exempt:
                 LOG.warning(
                     "%s: the role %s is exempt from row-level security, which keeps each link to "
-                    "its own rows; use a role that is no superuser and has no BYPASSRLS",
+                    "its own rows; use a role that is not a superuser and lacks BYPASSRLS",
                     self.where,
                     role,
                 )

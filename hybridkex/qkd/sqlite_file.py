@@ -62,7 +62,7 @@ def open_locked(path: Path, *, what: str = "key store", create: bool = True) -> 
         db.execute("BEGIN EXCLUSIVE")
         db.execute("COMMIT")
         if create:
-            make_private(path)  # only now: a file that is no database stays as it is
+            make_private(path)  # only now: a file that is not a database stays as it is
     except OSError as error:
         db.close()
         raise ConfigError(f"cannot make the {what} {path} private: {error.strerror}") from error

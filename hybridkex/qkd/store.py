@@ -114,7 +114,7 @@ class BlocksRefused(Exception):  # an answer between two KMEs, not a failure
     """Blocks that cannot be allotted, each with its state."""
 
     def __init__(self, states: dict[str, BlockState]) -> None:
-        super().__init__(f"{len(states)} blocks cannot be allotted")
+        super().__init__(f"{len(states)} blocks cannot be reserved")
         self.states: Final = states
 
 
@@ -421,7 +421,7 @@ class KeyStore(ABC):
     async def claim(self, job: str, seconds: float) -> bool:
         """Whether a job is due and the caller is to do it: one of those who share the store.
 
-        For ``seconds``, or until :meth:`settle`, the job is no other caller's.
+        For ``seconds``, or until :meth:`settle`, no other caller gets the job.
         """
 
     @abstractmethod

@@ -141,14 +141,14 @@ class KeyRenewer:
             return None
         assert isinstance(config.psk_source, PadSource)  # otherwise the policy would not require it
 
-        def tell(error: PeerError | None) -> None:
+        def on_change(error: PeerError | None) -> None:
             changed()
             self.wake()
             if error is not None:  # at once: our own task may be sending
                 Background(partial(self._end, error))
 
         pads = config.one_time_pad or OneTimePad()
-        return PadFiller(pads, self._connection, config.psk_source, tell)
+        return PadFiller(pads, self._connection, config.psk_source, on_change)
 
     # --- what the shell tells -----------------------------------------------------------------
 
@@ -235,7 +235,7 @@ class KeyRenewer:
             if now >= self._timer.late:
                 await self._missed()
                 continue
-            self._timer.look(now)
+            self._timer.check(now)
             why = self._timer.why
             if why is not None and not self._under_way and self._may_start(now):
                 await self._start(why)

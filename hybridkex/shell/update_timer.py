@@ -71,7 +71,7 @@ class UpdateTimer:
         if at_once:
             self._not_before = -math.inf
 
-    def look(self, now: float) -> None:
+    def check(self, now: float) -> None:
         """Check whether the interval has passed."""
         if self.why is None and now >= self._due:
             self.want("every")

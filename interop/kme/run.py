@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import re
 import tempfile
 import time
 from collections import Counter, deque
@@ -75,7 +76,7 @@ class Recorder:
         except (KeyUnknown, KeyUnauthorized):
             outcome = "refused"
         except KeySourceError as error:
-            outcome = "unsent" if "cannot be reached" in str(error) else "unknown"
+            outcome = "unsent" if re.search("cannot be (reached|used)", str(error)) else "unknown"
         else:
             outcome = "keys"
             keys = {

@@ -17,8 +17,8 @@ from waiting import PATIENCE, trio_until
 from interop.ports import free_port
 
 INTERVALS = {
-    "hybridkex.apps.tunnel.server._LOOK_EVERY": 0.05,
-    "hybridkex.apps.tunnel.workers.LOOK_EVERY": 0.05,
+    "hybridkex.apps.tunnel.server._CHECK_EVERY": 0.05,
+    "hybridkex.apps.tunnel.workers.CHECK_EVERY": 0.05,
     "hybridkex.apps.tunnel.workers.AGAIN_SECONDS": 0.1,
     "hybridkex.apps.systemd.NOTIFY_SECONDS": 0.1,
 }

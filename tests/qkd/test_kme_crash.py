@@ -104,7 +104,7 @@ class Record:
 
 
 def never_sent(error: KeySourceError) -> bool:
-    return "cannot be reached" in str(error)
+    return "cannot be reached" in str(error) or "cannot be used" in str(error)
 
 
 async def one_pair(

@@ -86,7 +86,7 @@ async def test_what_the_client_says(site: Site, serve: Any, tmp_path: Path, tls:
         "cannot be reached: Connection refused; check that it runs, and its address"
     ] = await complaint(site, closed_port(), tls=tls)
     async with answering(b"HTTP/1.1 400 Bad Request\r\n\r\n") as plain:
-        said["cannot be reached"] = await complaint(site, plain, tls=tls)
+        said["cannot be used"] = await complaint(site, plain, tls=tls)
     for expected, text in said.items():
         assert expected in text
         assert "\n" not in text

@@ -36,7 +36,7 @@ from hybridkex.text import get_logger, json_line
 
 LOG: Final = get_logger("hybridkex.tunnel")
 
-_LOOK_EVERY: Final = 1.0
+_CHECK_EVERY: Final = 1.0
 """Seconds between two checks of the names of Unix sockets."""
 
 _Key: TypeAlias = tuple[Address, str]
@@ -268,7 +268,7 @@ class TunnelServer:
         with trio.CancelScope() as scope:
             task_status.started(scope)
             while True:
-                await trio.sleep(_LOOK_EVERY)
+                await trio.sleep(_CHECK_EVERY)
                 async with self._changing:
                     for key, endpoint in list(self._endpoints.items()):
                         if endpoint.listening.reachable:

@@ -44,7 +44,7 @@ CLOSE_SECONDS: Final = 5.0
 """Seconds for a worker to accept no more connections when a new configuration is in force."""
 SCRAPE_SECONDS: Final = 2.0
 """Seconds for a worker to send its metrics."""
-LOOK_EVERY: Final = 1.0
+CHECK_EVERY: Final = 1.0
 """Seconds between two checks of the names of Unix sockets."""
 
 _Key: TypeAlias = tuple[Address, str]
@@ -370,7 +370,7 @@ class WorkerPool:
         """Listen again whenever the name of a Unix socket is removed or replaced."""
         lost = LostNames()
         while True:
-            await trio.sleep(LOOK_EVERY)
+            await trio.sleep(CHECK_EVERY)
             gone = []
             for config in self._settings.tunnels:
                 if self._listening[config.endpoint].reachable:

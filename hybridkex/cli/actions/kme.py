@@ -358,8 +358,8 @@ def _dev_files(
 
 def _channel_options(folder: Path, address: TcpAddress, sae: str, tls: str) -> str:
     files = folder / sae
-    hop = "" if tls == "stdlib" else f" --kme-tls {tls}"
+    tls_option = "" if tls == "stdlib" else f" --kme-tls {tls}"
     return (
         f"--kme https://{address} --kme-ca {files / 'ca.pem'} --kme-cert {files / 'cert.pem'}"
-        f" --kme-key {files / 'key.pem'} --sae {sae}{hop}"
+        f" --kme-key {files / 'key.pem'} --sae {sae}{tls_option}"
     )

@@ -67,7 +67,7 @@ async def _listen(options: ListenOptions, config: ServerConfig) -> None:
                 connection.recognize()
             connection.admit(budget, is_used=lambda: stream.has_carried_data)
             async with turn:
-                await _serve(options, stream, told=known or connection.served.allows())
+                await _serve(options, stream, shown=known or connection.served.allows())
 
     await Supervisor(handle, name="listen", logger=LOG).serve(listeners)
 
@@ -96,14 +96,14 @@ async def _serve_once(
         await _serve(options, stream)
 
 
-async def _serve(options: ListenOptions, stream: Stream, *, told: bool = True) -> None:
-    """``told``: whether the session is printed."""
-    if told:
+async def _serve(options: ListenOptions, stream: Stream, *, shown: bool = True) -> None:
+    """``shown``: whether the session is printed."""
+    if shown:
         report(stream.session, as_json=options.channel.json)
     try:
         await (_echo(stream) if options.echo else pipe(stream))
     finally:
-        if told:
+        if shown:
             report_epochs(stream.session, as_json=options.channel.json)
 
 

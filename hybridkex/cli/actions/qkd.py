@@ -120,7 +120,7 @@ def _table(settings: LinkSettings, where: str) -> Iterator[Report]:
     )
     for name in ("block", "sifted", "QBER", "f", "leak", "secret bits", "bit/s", "keys", "s"):
         table.add_column(name, justify="right")
-    told: list[str] = []
+    lines: list[str] = []
 
     def report(number: int, outcome: Block | LinkError, seconds: float) -> None:
         if isinstance(outcome, Block):
@@ -135,13 +135,13 @@ def _table(settings: LinkSettings, where: str) -> Iterator[Report]:
                 str(len(outcome.keys)),
                 f"{seconds:.2f}",
             )
-            if not told:
-                told.append(_epsilon(outcome))
+            if not lines:
+                lines.append(_epsilon(outcome))
             if outcome.too_short is not None:
-                told.append(f"block {number}: NO KEY: {outcome.too_short}")
+                lines.append(f"block {number}: NO KEY: {outcome.too_short}")
         else:
             table.add_row(str(number), *["-"] * 7, f"{seconds:.2f}")
-            told.append(f"block {number}: NO KEY: {terminal(outcome)}")
+            lines.append(f"block {number}: NO KEY: {terminal(outcome)}")
 
     console = Console(file=sys.stdout)
     if not console.is_terminal:
@@ -151,7 +151,7 @@ def _table(settings: LinkSettings, where: str) -> Iterator[Report]:
     else:
         with Live(table, console=console, refresh_per_second=4):
             yield report
-    for line in told:
+    for line in lines:
         print(line)
 
 

@@ -87,7 +87,7 @@ def _watched(console: Console, folder: Path) -> Trial:
         cells = progress.add_task("recording", total=len(rows()) * len(ADVERSARIES))
         toy = progress.add_task("toy curve: discrete logarithm", total=1)
 
-        def tell_toy(text: str) -> None:
+        def report_toy(text: str) -> None:
             progress.update(toy, description=f"toy curve: {text}")
 
         def decided(cell: Cell) -> None:
@@ -96,8 +96,8 @@ def _watched(console: Console, folder: Path) -> Trial:
         return run_trio(
             lambda: run_trial(
                 folder,
-                tell=lambda text: progress.update(cells, description=text),
-                toy_progress=tell_toy,
+                report=lambda text: progress.update(cells, description=text),
+                toy_progress=report_toy,
                 decided=decided,
             )
         )

@@ -132,7 +132,7 @@ def discrete_log(target: Point, progress: Callable[[str, int, int], None] | None
     reach = isqrt(ORDER // 2)
     strides = ORDER // (2 * reach + 1) + 1
 
-    def tell(what: str, done: int, total: int) -> None:
+    def report(what: str, done: int, total: int) -> None:
         if progress is not None and (done % (1 << 14) == 0 or done == total):
             progress(what, done, total)
 
@@ -142,7 +142,7 @@ def discrete_log(target: Point, progress: Callable[[str, int, int], None] | None
         point = add(point, GENERATOR)
         assert point is not None
         baby[point[0]] = index
-        tell("baby steps", index, reach)
+        report("baby steps", index, reach)
     stride = multiply(-(2 * reach + 1), GENERATOR)
     here = target
     for giant in range(strides + 1):
@@ -151,8 +151,8 @@ def discrete_log(target: Point, progress: Callable[[str, int, int], None] | None
         if near is not None:
             for candidate in (base + near, base - near):
                 if multiply(candidate, GENERATOR) == target:
-                    tell("giant steps", giant, giant)
+                    report("giant steps", giant, giant)
                     return candidate % ORDER
         here = add(here, stride)
-        tell("giant steps", giant + 1, strides)
+        report("giant steps", giant + 1, strides)
     raise AssertionError("every point of the curve is a multiple of the generator")

@@ -35,7 +35,7 @@ _AT_ONCE: Final = 2
 _ADVERSARY_SECONDS: Final = 300.0
 """A generous limit, for a busy machine."""
 
-Tell = Callable[[str], None]
+Report = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,15 +136,15 @@ class Trial:
 async def run_trial(
     folder: Path,
     *,
-    tell: Tell,
-    toy_progress: Tell,
+    report: Report,
+    toy_progress: Report,
     decided: Callable[[Cell], None],
 ) -> Trial:
     """Run the whole trial in a new folder, and leave all files there.
 
     Args:
         folder: does not exist yet, or is empty.
-        tell: called with the current step.
+        report: called with the current step.
         toy_progress: called with the progress of the discrete logarithm.
         decided: called with each cell as it becomes known.
 
@@ -153,12 +153,12 @@ async def run_trial(
     """
     began = time.monotonic()
     trial, stage = Trial(), Stage(folder)
-    said = await _record(stage, tell)
+    sent = await _record(stage, report)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(_break_toy, stage, said, trial, toy_progress)
+        nursery.start_soon(_break_toy, stage, sent, trial, toy_progress)
         for first in range(_AT_ONCE):
             some = ADVERSARIES[first::_AT_ONCE]
-            nursery.start_soon(_attack, stage, some, said, trial, tell, decided)
+            nursery.start_soon(_attack, stage, some, sent, trial, report, decided)
     trial.seconds = time.monotonic() - began
     return trial
 
@@ -167,28 +167,28 @@ _Plaintexts = dict[Path, list[Plaintext]]
 """The plaintexts by recording."""
 
 
-async def _record(stage: Stage, tell: Tell) -> _Plaintexts:
+async def _record(stage: Stage, report: Report) -> _Plaintexts:
     """Record every configuration with every delivery that some adversary attacks."""
-    said: _Plaintexts = {}
+    sent: _Plaintexts = {}
     for configuration in (*CONFIGURATIONS, TOY):
-        tell(f"recording: {configuration.title}")
+        report(f"recording: {configuration.title}")
         path = stage.recording(configuration, Delivery.IN_PROCESS)
-        said[path] = await stage.record(configuration)
+        sent[path] = await stage.record(configuration)
     with_qkd = [configuration for configuration in CONFIGURATIONS if configuration.qkd]
-    tell("QKD link: making keys")
+    report("QKD link: making keys")
     async with stage.link() as sources:
         for configuration in with_qkd:
-            tell(f"recording: {configuration.title}, keys of the link")
+            report(f"recording: {configuration.title}, keys of the link")
             path = stage.recording(configuration, Delivery.LINK)
-            said[path] = await stage.record(configuration, Delivery.LINK, sources)
+            sent[path] = await stage.record(configuration, Delivery.LINK, sources)
     for delivery in (Delivery.CLASSICAL_HOP, Delivery.HYBRID_HOP):
         async with stage.sites(delivery).running() as sites:
             for configuration in with_qkd:
-                tell(f"recording: {configuration.title}, keys by {delivery.value}")
+                report(f"recording: {configuration.title}, keys by {delivery.value}")
                 path = stage.recording(configuration, delivery)
                 async with sites.tapped_sources(path) as sources:
-                    said[path] = await stage.record(configuration, delivery, sources)
-    return said
+                    sent[path] = await stage.record(configuration, delivery, sources)
+    return sent
 
 
 # --- adversaries ------------------------------------------------------------------------------
@@ -197,9 +197,9 @@ async def _record(stage: Stage, tell: Tell) -> _Plaintexts:
 async def _attack(
     stage: Stage,
     adversaries: Sequence[Adversary],
-    said: _Plaintexts,
+    sent: _Plaintexts,
     trial: Trial,
-    tell: Tell,
+    report: Report,
     decided: Callable[[Cell], None],
 ) -> None:
     adversary_of = {one.id: one for one in adversaries}
@@ -207,9 +207,9 @@ async def _attack(
 
     def take(line: dict[str, Any]) -> None:
         adversary, configuration = adversary_of[line["folder"]], configuration_of[line["case"]]
-        tell(f"adversary: {adversary.title}")
+        report(f"adversary: {adversary.title}")
         trial.verdicts[configuration.id, adversary.id] = line["verdicts"]
-        plaintexts = said[stage.recording(configuration, adversary.delivery)]
+        plaintexts = sent[stage.recording(configuration, adversary.delivery)]
         for cell in _cells(configuration, adversary, line["verdicts"], plaintexts):
             trial.cells.append(cell)
             decided(cell)
@@ -301,7 +301,7 @@ def contradiction(verdict: dict[str, Any], plaintext: Plaintext, *, predicted: b
     return None
 
 
-async def _break_toy(stage: Stage, said: _Plaintexts, trial: Trial, progress: Tell) -> None:
+async def _break_toy(stage: Stage, sent: _Plaintexts, trial: Trial, progress: Report) -> None:
     recording = stage.recording(TOY, Delivery.IN_PROCESS)
     folder = stage.folder / "adversaries" / TOY.id
     shutil.copytree(recording, folder / TOY.id)
@@ -317,7 +317,7 @@ async def _break_toy(stage: Stage, said: _Plaintexts, trial: Trial, progress: Te
             seconds=time.monotonic() - began,
             steps=tuple(steps),
             verdict=first,
-            wrong=contradiction(first, said[recording][0], predicted=True),
+            wrong=contradiction(first, sent[recording][0], predicted=True),
         )
 
     await _run_adversaries([folder], take)

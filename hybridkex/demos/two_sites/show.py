@@ -81,10 +81,10 @@ class Demonstration:
         command = [*_COMMAND, "kme", "dev-up", str(self.folder / "sites"), "--ports", "0,0"]
         command += ["--tls", "hybridkex", "--producer", "link", "--distance", str(self.distance)]
         command += ["--metrics", "127.0.0.1:0"]
-        async with running(command) as process, aclosing(lines(process)) as told:
+        async with running(command) as process, aclosing(lines(process)) as output:
             with deadline("the KMEs did not start"):
-                urls = [(await anext(told)).split()[-1] for _ in range(2)]
-                metrics = (await anext(told)).split()[-1]
+                urls = [(await anext(output)).split()[-1] for _ in range(2)]
+                metrics = (await anext(output)).split()[-1]
             with deadline(f"the QKD link over {self.distance:g} km produced no keys"):
                 link = await _first_keys(metrics)
             self._print_detail(

@@ -436,7 +436,7 @@ def what_failed(error: BaseException) -> str:
         if not tls:
             why = system or _reason(error)
             return f"cannot be reached: {why}; check that it runs, and its address"
-        text = f"cannot be reached: {tls}"
+        text = f"cannot be used: {tls}"
         if alert_received(error) in _NOTHING_IN_COMMON:
             text += (
                 '; it may lack our TLS version or group: a KME with tls = "hybridkex" needs a '

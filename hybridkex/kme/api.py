@@ -1,4 +1,4 @@
-"""The URLs of a KME: ETSI GS QKD 014 clause 5 for SAEs, ``/kmapi`` for the KME at the other end."""
+"""The URLs of a KME: ETSI GS QKD 014 clause 5 for SAEs, ``/kmapi`` for the peer KME."""
 
 import logging
 import time

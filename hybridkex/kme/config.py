@@ -120,7 +120,7 @@ NO_LINK: Final = LinkConfig()
 
 @dataclass(frozen=True, kw_only=True)
 class PeerConfig:
-    """The KME at the other end of a link."""
+    """The peer KME of a link."""
 
     id: str
     saes: tuple[str, ...]

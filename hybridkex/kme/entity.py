@@ -1,7 +1,7 @@
 """A key management entity: the decisions, without HTTP, TLS or a database.
 
 Both KMEs of a link hold its keys. When a master asks for keys, its KME reserves blocks, asks the
-KME at the other end to promise them to the slaves, marks them as delivered in its own store, and
+peer KME to promise them to the slaves, marks them as delivered in its own store, and
 only then answers. Two KMEs may reserve the same block at the same time. Its *half*, the last bit of
 its ID, decides: each KME prefers its own half, and if both have reserved a block, the KME that owns
 its half gets it.
@@ -66,7 +66,7 @@ from hybridkex.text import get_logger
 LOG: Final = get_logger(__name__)
 
 CHECK_EVERY: Final = 600.0
-"""Seconds between two comparisons of our blocks with the other end's."""
+"""Seconds between two comparisons of our blocks with the peer KME's."""
 CHECK_LONGEST: Final = 120.0
 """Seconds after which another process compares them, if the one that began has not ended."""
 
@@ -78,7 +78,7 @@ TRY_AGAIN_AFTER: Final = 1.0
 """Seconds in which at most one request draws keys, after a delivery that could not be recorded."""
 
 LATE_WAITS: Final = (0.05, 0.1, 0.2, 0.4, 0.8)
-"""Seconds before each retry of a request while the other end lacks some of the blocks."""
+"""Seconds before each retry of a request while the peer KME lacks some of the blocks."""
 
 LOST: Final = {
     "refused": "the peer KME refused to reserve them (it has spent them, or never had them)",
@@ -87,7 +87,7 @@ LOST: Final = {
     "short": "they are shorter than limits.key_size, which was raised after they were made, or "
     "which is smaller in another process of this KME",
     "unrecorded": "their delivery could not be recorded for certain",
-    "overtaken": "one block of their request expired or went to the other end in the meantime",
+    "overtaken": "one block of their request expired or went to the peer KME in the meantime",
 }
 """Why keys are lost, as stated by the counter and the log."""
 
@@ -138,7 +138,7 @@ class _Link:
     """Held while a message of the other KME is read and carried out: it has many connections, and
     our SAEs must not wait for more than one of its messages."""
     next_check: float = 0.0
-    """When our blocks must be compared with the other end's again."""
+    """When our blocks must be compared with the peer KME's again."""
     gone: int = 0
     """Blocks that have left the stock since the start, as far as they were noted."""
     awaited: int = 0
@@ -266,7 +266,7 @@ class KeyManagementEntity:
         try:
             await link.peer.check(())
         except KeySourceUnavailable as error:
-            return f"the KME at the other end: {error}"
+            return f"the peer KME: {error}"
         return None
 
     # -- SAEs
@@ -334,7 +334,7 @@ class KeyManagementEntity:
                 if not late or wait is None:
                     self._note_shortage(link, needed, len(found))
                     raise ErrorResponse(503, "not enough keys are stored")
-                # The other end does not have them yet, or is about to release them.
+                # The peer KME does not have them yet, or is about to release them.
                 await trio.sleep(wait)
                 tried -= late
                 late.clear()
@@ -352,7 +352,7 @@ class KeyManagementEntity:
                     refused_ids = {key_id for key_id, state in states.items() if state}
                     if not refused_ids:  # of what was asked for; a loop would not end
                         raise ErrorResponse(
-                            503, "the KME at the other end refused other keys"
+                            503, "the peer KME refused keys that were not requested"
                         ) from None
                     tried |= refused_ids
                     late |= {one for one in refused_ids if states[one] is not BlockState.SPENT}
@@ -590,7 +590,7 @@ class KeyManagementEntity:
             keys=tuple(DeliveredKey(key_id=key_id, key=key) for key_id, key in found)
         )
 
-    # -- the KME at the other end
+    # -- the peer KME
 
     def admit_peer(self, peer: str) -> trio.Lock:
         """Check that this is a peer of ours and within its rate; the lock is its turn."""
@@ -637,7 +637,7 @@ class KeyManagementEntity:
         link.note_gone(sum(len(one.blocks) for one in message.allotments))
 
     async def peer_voids(self, peer: str, key_ids: Sequence[str]) -> None:
-        """Erase what the other end will not use (void message)."""
+        """Erase what the peer KME will not use (void message)."""
         link = self._links.get(peer)
         if link is None:
             raise ErrorResponse(401, "Unauthorized")
@@ -656,7 +656,7 @@ class KeyManagementEntity:
         return await self._store.unknown(peer, key_ids)
 
     async def reconcile(self, target: str, *, grace: float) -> None:
-        """Erase blocks that are older than ``grace`` seconds and that the other end lacks.
+        """Erase blocks that are older than ``grace`` seconds and that the peer KME lacks.
 
         A crash leaves such blocks at the end of the link that was ahead; they would take the place
         of keys that both ends have.
@@ -738,7 +738,7 @@ class KeyManagementEntity:
         self._log_keys(fields, "stored %d keys of the link to %s", len(ids), link.target)
 
     async def maintain(self, every: float = 10.0) -> None:
-        """Erase old keys, reconcile with the other ends and count keys, forever."""
+        """Erase old keys, reconcile with the peer KMEs and count keys, forever."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._renew_when_asked)
             nursery.start_soon(_repeated, TIDY_EVERY, self._store.tidy)
@@ -766,7 +766,7 @@ class KeyManagementEntity:
     async def _settle(self, link: _Link) -> None:
         """Count the keys that the store recorded as delivered though their request failed.
 
-        The others are still in stock: the other end, which promised them, refuses the next request.
+        The others are still in stock: the peer KME, which promised them, refuses the next request.
         """
         promises = await _recorded(link, link.uncollected, self._store.delivered)
         self._note_lost(link, "unrecorded", [key_id for key_id, _, _ in promises])
@@ -830,7 +830,7 @@ async def _recorded(
 
 
 async def _repeated(every: float, work: Callable[..., Awaitable[None]], *arguments: object) -> None:
-    """Repeat a task, also while the store or the other end of a link is unavailable."""
+    """Repeat a task, also while the store or the peer KME is unavailable."""
     while True:
         with suppress(KeySourceUnavailable):  # it is logged where it arises
             await work(*arguments)
@@ -840,7 +840,7 @@ async def _repeated(every: float, work: Callable[..., Awaitable[None]], *argumen
 def _assembled(
     found: Sequence[Material], per_key: int, size: int
 ) -> list[tuple[Allotment, Secret]]:
-    """Group blocks into keys; a key goes by value if the other end lacks one of its blocks."""
+    """Group blocks into keys; a key goes by value if the peer KME lacks one of its blocks."""
     keys: list[tuple[Allotment, Secret]] = []
     for start in range(0, len(found), per_key):
         blocks = found[start : start + per_key]

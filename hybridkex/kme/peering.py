@@ -136,7 +136,7 @@ def ids_from_json(data: object) -> list[str]:
 
 
 class PeerLink(Protocol):
-    """The interface of the KME at the other end."""
+    """The interface of the peer KME."""
 
     async def ext_keys(self, message: ExtKeys) -> None:
         """Ask for keys to be promised to the slaves.

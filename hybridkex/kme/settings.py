@@ -22,7 +22,7 @@ class KmeLimits:
     key_ttl: float = 86_400.0
     tombstone_ttl: float = 30 * 86_400.0
     sync_grace: float = 60.0
-    """Seconds for which a block that the other end does not know may still be in transit."""
+    """Seconds for which a block unknown to the peer KME may still be in transit."""
     rate: float = 200.0
     burst: int = 400
     ready_keys: int = 1
@@ -56,7 +56,7 @@ class KmeLimits:
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} cannot be negative")
         if self.tombstone_ttl < self.key_ttl:
-            # Otherwise the record of a delivered key could be dropped while the other end still has
+            # Otherwise the record of a delivered key could be dropped while the peer KME still has
             # the key.
             raise ConfigError("tombstone_ttl cannot be shorter than key_ttl")
         most = message_bytes(
@@ -65,14 +65,13 @@ class KmeLimits:
         if most > MAX_MESSAGE_BYTES:
             raise ConfigError(
                 f"max_key_per_request keys of max_key_size bits make a message of {most} bytes for "
-                f"the KME at the other end, which takes {MAX_MESSAGE_BYTES}: lower one of them"
+                f"the peer KME, which takes {MAX_MESSAGE_BYTES}: lower one of them"
             )
         blocks = self.max_key_per_request * self.blocks(self.max_key_size)
         if blocks > BLOCKS_AT_ONCE:
             raise ConfigError(
                 f"max_key_per_request keys of max_key_size bits have {blocks} blocks of key_size, "
-                f"and the KME at the other end takes {BLOCKS_AT_ONCE} in one message: lower one of "
-                "the first two"
+                f"and the peer KME takes {BLOCKS_AT_ONCE} in a message: lower one of the first two"
             )
 
     def blocks(self, size: int) -> int:

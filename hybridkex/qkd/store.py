@@ -75,7 +75,7 @@ class Material:
     created: float
     """Seconds since the epoch."""
     shared: bool
-    """Whether the KME at the other end has the key from the link, too."""
+    """Whether the peer KME has the key from the link, too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -184,7 +184,7 @@ class KeyStore(ABC):
         """Some IDs of a link's shared material that is older than a time and not reserved.
 
         Args:
-            link: the KME at its other end.
+            link: the ID of its peer KME.
             created_before: seconds since the epoch.
             after: the position that the previous call returned; ``None``: begin.
 
@@ -248,7 +248,7 @@ class KeyStore(ABC):
         slaves: Sequence[str],
         peer_half: int = 0,
     ) -> None:
-        """Promise to ``slaves`` the keys that the KME at the other end allots. All or nothing.
+        """Promise to ``slaves`` the keys that the peer KME reserves. All or nothing.
 
         A block that we have reserved goes to the peer only if it belongs to the peer's half.
 
@@ -362,7 +362,7 @@ class KeyStore(ABC):
         return await self._run(link, work, writes=False)
 
     async def discard(self, link: str, key_ids: Iterable[str]) -> list[str]:
-        """Erase material that the other end lacks. Returns the erased IDs.
+        """Erase material that the peer KME lacks. Returns the erased IDs.
 
         Only unreserved material is erased: a key that has been promised to an SAE meanwhile is not
         touched.
@@ -381,7 +381,7 @@ class KeyStore(ABC):
         return gone
 
     async def void(self, link: str, key_ids: Iterable[str]) -> set[str]:
-        """Erase keys that the KME at the other end has discarded. Returns the erased IDs.
+        """Erase keys that the peer KME has discarded. Returns the erased IDs.
 
         Erases material, and promises made at the peer's request that no SAE has collected. An
         unknown ID is recorded as spent, since its key may still be in transit.

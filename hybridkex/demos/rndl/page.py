@@ -35,7 +35,7 @@ def render(trial: Trial, version: str) -> str:
         _head(trial, version),
         "<h2>The matrix</h2>",
         "<p>A row is a recorded connection, a column an adversary. <b>read</b>: the adversary "
-        "printed what was said, both ways, and it is what was said. <b>safe</b>: it could not, and "
+        "decrypted all data in both directions correctly. <b>safe</b>: it could not, and "
         "the cell names the secret that it lacked. Choose a cell to see what it saw.</p>",
         _matrix(trial),
         *_cases(trial),

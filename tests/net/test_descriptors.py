@@ -264,7 +264,8 @@ def test_strangers_at_nine_tunnels_leave_the_tenth_alone(tmp_path: Path) -> None
             )
         file.write_text(text)
         with server("tunnel", "run", file, log=log) as process:
-            ports = [int(found(log, rf"t{number}: 127\.0\.0\.1:(\d+) to")) for number in range(10)]
+            lines = [rf"tunnel t{number}: listening on 127\.0\.0\.1:(\d+)," for number in range(10)]
+            ports = [int(found(log, line)) for line in lines]
             metrics = int(found(log, r"metrics on http://127\.0\.0\.1:(\d+)"))
             with idle(*ports[:9], count=IDLE // 3):
                 for _ in range(3):

@@ -60,24 +60,24 @@ def _reported(act: Callable[[], int]) -> int:
         finally:
             sys.stdout.flush()  # here, where an error can still be reported
     except HybridkexError as error:
-        _say(error)
+        _print_error(error)
         return 1
     except OSError as error:
         discard_standard_output()
         if not isinstance(error, BrokenPipeError):  # the reader has closed the pipe
-            _say(refusal(error))
+            _print_error(refusal(error))
         return 1
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        told = refusal(error)
-        if told is None:
+        reason = refusal(error)
+        if reason is None:
             raise
-        _say(told)
+        _print_error(reason)
         return 1
 
 
-def _say(message: object) -> None:
+def _print_error(message: object) -> None:
     print(f"hybridkex: {printable(str(message))}", file=sys.stderr)
 
 

@@ -70,21 +70,23 @@ class _Lines(Progress):
     def end(self, file: File, outcome: str | None) -> None:
         begun = self._begun.pop(id(file), None)
         if outcome is not None:
-            _say(f"hybridkex: {shown(file.path)}: {outcome}")
+            _print_line(f"hybridkex: {shown(file.path)}: {outcome}")
         elif begun is not None:
             _, start, done = begun
             speed = rate(file.size - done, time.monotonic() - start)
             again = f", of which {done:,} were already there" if done else ""
-            _say(f"{self._verb} {shown(file.path)}: {file.size:,} bytes{again}, {speed}")
+            _print_line(f"{self._verb} {shown(file.path)}: {file.size:,} bytes{again}, {speed}")
 
     def stored(self, files: Sequence[File]) -> None:
-        _say("\n".join(f"{self._verb} {shown(one.path)}: {one.size:,} bytes" for one in files))
+        _print_line(
+            "\n".join(f"{self._verb} {shown(one.path)}: {one.size:,} bytes" for one in files)
+        )
 
     def note(self, text: str) -> None:
-        _say(f"hybridkex: {text}")
+        _print_line(f"hybridkex: {text}")
 
 
-def _say(line: str) -> None:
+def _print_line(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 

@@ -172,7 +172,7 @@ _WORDS: Final[tuple[tuple[re.Pattern[str], str], ...]] = (
         "an IP address or a range of addresses is malformed",
     ),
     (re.compile("x400Address"), "it has an x400Address or an ediPartyName, which is not supported"),
-    (re.compile("path_length"), "it has a pathLenConstraint, and is not an authority's"),
+    (re.compile("path_length"), "it has a pathLenConstraint but is not a CA"),
     (re.compile("full_name"), "a distribution point has no name"),
     (re.compile("^year 0 "), "it has a date in the year 0, which does not exist"),
     (

@@ -1566,7 +1566,7 @@ one(
     "leaf: pathLenConstraint beside CA:FALSE",
     bc=extension("2.5.29.19", seq(tlv(2, b"\0")), True),
     **only_openssl(
-        "has a pathLenConstraint, and is not an authority's",
+        "has a pathLenConstraint but is not a CA",
         "RFC 5280 section 4.2.1.9: only an authority may have it.",
         alert=BAD,
     ),

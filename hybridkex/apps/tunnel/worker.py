@@ -94,14 +94,14 @@ class _Worker:
             async with trio.open_nursery() as nursery:
                 await nursery.start(self._serve, share, nursery.cancel_scope)
                 nursery.start_soon(self._obey)
-                await self._say(ready=True)
+                await self._send(ready=True)
         except Exception as error:
             reason = next(leaves(error))
             said = str(reason) if isinstance(reason, HybridkexError) else refusal(reason)
-            await self._say(error=said or repr(reason))
+            await self._send(error=said or repr(reason))
             if said is None:
                 raise
-        await self._say(metrics=samples(self._metrics))
+        await self._send(metrics=samples(self._metrics))
 
     async def _serve(
         self,
@@ -120,7 +120,7 @@ class _Worker:
         ]
         return Listening(config.local, listeners, owned=False)
 
-    async def _say(self, **fields: object) -> None:
+    async def _send(self, **fields: object) -> None:
         with suppress(trio.BrokenResourceError):
             async with self._saying:
                 await self._stream.send_all(json.dumps(fields).encode() + b"\n")
@@ -134,9 +134,9 @@ class _Worker:
                 self._server.close(math.inf if grace is None else grace)
                 self._go.set()
                 await self._server.closed.wait()
-                await self._say(closed=True)
+                await self._send(closed=True)
             if "metrics" in message:
-                await self._say(metrics=samples(self._metrics))
+                await self._send(metrics=samples(self._metrics))
         self._server.close(0)  # The service is gone.
         self._go.set()
 

@@ -123,7 +123,7 @@ def key_schedule(verdict: dict[str, Any]) -> str:
     out += _box(_OUTPUT_X, center2, _OUTPUT_WIDTH, rest, "handshake", "certificates, Finished")
     out += _chain(y3, rest, "Main Secret")
     out += _arrow(_CHAIN_X + _CHAIN_WIDTH, y3 + _BOX / 2, _OUTPUT_X, y3 + _BOX / 2)
-    out += _box(_OUTPUT_X, y3, _OUTPUT_WIDTH, rest, "application", "what was said")
+    out += _box(_OUTPUT_X, y3, _OUTPUT_WIDTH, rest, "application", "data")
     y4 = y3 + _BOX + gap
     x = _CHAIN_X + _CHAIN_WIDTH + 35
     out += f'<path class="flow" d="M{x} {y3 + _BOX / 2:g}V{y4 + _BOX / 2:g}"/>'

@@ -113,7 +113,7 @@ def test_the_links_channel_was_recorded_and_is_no_help(report: Report) -> None:
 def test_a_thief_reads_up_to_the_new_keys(
     report: Report, configuration: str, adversary: str, missing: list[str]
 ) -> None:
-    """The control within a safe cell: what was said before the theft is read, what follows not."""
+    """The control within a safe cell: what was sent before the theft is read, what follows not."""
     [verdict] = report.verdicts(configuration, adversary)
     assert not verdict["decrypted"]
     assert len(verdict["missing"]) == len(missing)

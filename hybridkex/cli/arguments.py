@@ -47,7 +47,7 @@ class Group:
 
 @dataclass(frozen=True, eq=False)
 class Exclusive:
-    """Options of which one at most can be given, or exactly one."""
+    """Options that exclude each other: at most one, or exactly one, can be given."""
 
     required: bool = False
 

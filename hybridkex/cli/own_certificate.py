@@ -16,8 +16,8 @@ LOG: Final = get_logger("hybridkex.cli.own_certificate")
 
 @contextmanager
 def watched(path: Path | None, certificate: x509.Certificate | None) -> Iterator[None]:
-    """In this context, log when our certificate is about to expire and when it has expired: each
-    once, and at once if it is so from the beginning.
+    """In this context, log once that our certificate is about to expire, and once that it has
+    expired; at once if that is so at the start.
 
     Args:
         path: where it comes from.

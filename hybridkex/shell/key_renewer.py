@@ -150,7 +150,7 @@ class KeyRenewer:
         pads = config.one_time_pad or OneTimePad()
         return PadFiller(pads, self._connection, config.psk_source, on_change)
 
-    # --- what the shell tells -----------------------------------------------------------------
+    # --- calls of the shell -------------------------------------------------------------------
 
     def saw(self, event: EngineEvent) -> None:
         match event:
@@ -189,7 +189,7 @@ class KeyRenewer:
 
     def update(self) -> None:
         """Renew the keys now; if an update is under way, once more after it."""
-        # That of the connection may be ahead of the epochs that we have been told of.
+        # The connection's epoch may be ahead of the epochs whose events have arrived here.
         self._asked_for = self._connection.session.epoch + (2 if self._under_way else 1)
         self._timer.want("asked", at_once=True)
         self.wake()

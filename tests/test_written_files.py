@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import pytest
 
-from examples.chat.store import Change, Seat, Store
+from examples.chat.store import Change, Slot, Store
 from hybridkex import files
 from hybridkex.auth import KnownPeers, RawIdentity
 from hybridkex.cli import main
@@ -173,7 +173,7 @@ def test_whatever_is_written_is_private(umask: int, tmp_path: Path) -> None:
     write_key_file(tmp_path / "pool.key")
     KnownPeers(tmp_path / "known").add("a.example", RawIdentity.generate().chain[0])
     store = Store(tmp_path / "chat")
-    store.apply([Change("enter", Seat("ann", bytes(32), "", 0, "lobby"))])
+    store.apply([Change("enter", Slot("ann", bytes(32), "", 0, "lobby"))])
     try:
         names = [path for path in tmp_path.rglob("*") if path.is_file()]
         found = {path.name: mode(path) for path in names if path.name not in PUBLIC_NAMES}

@@ -159,6 +159,16 @@ def check_members(name: str, value: Any, base: type, members: Iterable[str] | No
         )
 
 
+def check_optional(name: str, value: Any, protocol: type) -> None:
+    """Check an object that may have the members of a protocol: all of them or none.
+
+    Raises:
+        ConfigError: see :func:`check_members`.
+    """
+    if any(hasattr(value, one) for one in _members(protocol)):
+        check_members(name, value, protocol)
+
+
 def _missing(value: Any, base: type, members: Iterable[str] | None = None) -> list[str]:
     found = ((one, _fault(value, base, one)) for one in members or _members(base))
     return [one + fault for one, fault in found if fault is not None]

@@ -59,7 +59,7 @@ from hybridkex.errors import (
     IllegalParameter,
     TruncationError,
 )
-from hybridkex.fields import check_members
+from hybridkex.fields import check_members, check_optional
 from hybridkex.machine import broken
 from hybridkex.net.event_loop import ask, in_thread
 from hybridkex.net.reading import EndOfStream, read_exactly
@@ -254,6 +254,8 @@ class ExchangeConfig:
         require(self.length, int, "length")
         require(self.method, Method, "method")
         check_members("authentication", self.authentication, Authentication)
+        verifier = getattr(self.authentication, "verifier", None)
+        check_optional("verifier", verifier, Refreshable)
         if self.key_source is not None:
             check_members("key_source", self.key_source, KeySource)
         object.__setattr__(self, "exchanges", tuple(self.exchanges))

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Final, Protocol, Self, TypeVar, runtime_checka
 from hybridkex.auth import (
     Identity,
     RawIdentity,
+    Refreshable,
     TrustStore,
 )
 from hybridkex.constants import MAX_PLAINTEXT
@@ -24,13 +25,19 @@ from hybridkex.crypto.psk import ExternalPsk
 from hybridkex.crypto.signatures import ALL_SCHEMES, SignatureScheme
 from hybridkex.crypto.suites import ALL_SUITES, CipherSuite
 from hybridkex.errors import ConfigError
-from hybridkex.fields import check_fields, check_members, checked_clock, described
+from hybridkex.fields import (
+    check_fields,
+    check_members,
+    check_optional,
+    checked_clock,
+    described,
+)
 from hybridkex.tls.certificate_types import AnyClientVerifier, AnyServerVerifier
 from hybridkex.tls.fresh_keys import FreshKeys, UpdateKeySource
 from hybridkex.tls.one_time_pad import OneTimePad, PadSource
 from hybridkex.tls.policy import Authentication, Policy, Requirement
 from hybridkex.tls.protection import Padding
-from hybridkex.tls.session import Session, TicketStore
+from hybridkex.tls.session import FlushableTicketStore, Session, TicketStore
 from hybridkex.tls.tickets import CookieProtector, TicketIssuer
 from hybridkex.wire.codec import vector24
 from hybridkex.wire.extensions import KNOWN_TYPES, ApplicationExtension
@@ -140,6 +147,12 @@ _ALLOWED_GROUPS: Final[Mapping[Requirement, tuple[Group, ...]]] = {
 }
 R = TypeVar("R")
 
+_FOR_SHELLS: Final[Mapping[str, type]] = {
+    "verifier": Refreshable,
+    "client_verifier": Refreshable,
+    "ticket_store": FlushableTicketStore,
+}
+"""What a shell calls of these fields, if they have it; the engine does not."""
 _EXAMPLES: Final[Mapping[str, str]] = {
     "groups": "groups=(X25519MLKEM768,)",
     "suites": "suites=(TLS_AES_256_GCM_SHA384,)",
@@ -218,6 +231,8 @@ class _Config:
 
     def __post_init__(self) -> None:
         check_fields(self, _EXAMPLES)
+        for name, kind in _FOR_SHELLS.items():
+            check_optional(name, getattr(self, name, None), kind)
         object.__setattr__(self, "clock", checked_clock(self.clock))
         self._check_groups()
         _check_list("cipher suite", self.suites)

@@ -44,7 +44,7 @@ from hybridkex.qkd.source import KeySource
 from hybridkex.tls.config import PskSource
 from hybridkex.tls.fresh_keys import FreshKeys, UpdateKeySource
 from hybridkex.tls.one_time_pad import OneTimePad, PadSource
-from hybridkex.tls.session import TicketStore
+from hybridkex.tls.session import MemoryTicketStore, TicketStore
 from hybridkex.wire.codec import Reader
 from hybridkex.wire.extensions import CH, CR, EE, NST
 
@@ -127,6 +127,36 @@ def test_every_missing_member_is_named(
         if protocol in (ServerKeyVerifier, ClientKeyVerifier):
             named = [f"{name}_key" for name in named]
         assert named == names, str(caught.value)
+
+
+OPTIONAL = [
+    (PINS, "refresh", lambda one: ClientConfig(verifier=one)),
+    (PINS, "refresh", lambda one: server(client_verifier=one)),
+    (PINS, "refresh", lambda one: replace(EXCHANGE, authentication=authenticated(one))),
+    (MemoryTicketStore(), "flush", lambda one: client(ticket_store=one)),
+]
+
+
+def authenticated(verifier: Any) -> Any:
+    """An authentication of the combiner with this verifier."""
+    return type("Mine", (PskAuthentication,), {"verifier": verifier})(PSK.key)
+
+
+@pytest.mark.parametrize(("value", "fault"), [
+    (5, "a method"), ("x", "a method"), (None, "a method"),
+    (AsyncMock(), "a method that is not async"),
+])  # fmt: skip
+@pytest.mark.parametrize(("whole", "name", "make"), OPTIONAL)
+def test_an_optional_member_of_another_kind(
+    whole: Any, name: str, make: Callable[[Any], object], value: Any, fault: str
+) -> None:
+    """What only a shell calls is checked as well, where an object has it."""
+    base = type(whole)
+    one = type("Mine", (base,), {name: value})(*([whole.pins] if base is Pins else []))
+    with pytest.raises(ConfigError, match=re.escape(f"Mine that lacks {name} ({fault})") + "$"):
+        make(one)
+    make(type("Mine", (base,), {name: lambda self: None})(*([whole.pins] if base is Pins else [])))
+    make(whole)
 
 
 class WithoutMore:

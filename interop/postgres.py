@@ -161,7 +161,7 @@ class PostgresServer:
             return {str(value) for (value,) in connection.execute(query.encode())}
 
     def make_role(self, role: str = "kme") -> None:
-        """Create a role that is no superuser and may create schemas."""
+        """Create a role that is not a superuser and may create schemas."""
         import psycopg  # noqa: PLC0415  # an extra
 
         with psycopg.connect(self.url("public", "postgres"), autocommit=True) as connection:

@@ -175,7 +175,7 @@ async def test_a_link_feeds_two_kmes(tmp_path: Path) -> None:
         ("link = {party = 'eve'}", "alice or bob"),
         (
             "link = {party = 'bob', address = '127.0.0.1:1', peer_credential = 'x'}",
-            "of another process",
+            "party, address and peer_credential for a link to a KME in another process",
         ),
     ],
 )

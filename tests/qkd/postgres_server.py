@@ -12,7 +12,7 @@ __all__ = ["PostgresServer", "postgres_server"]
 
 
 def postgres_server() -> Iterator[PostgresServer]:
-    """A running server with the role ``kme``, which is no superuser."""
+    """A running server with the role ``kme``, which is not a superuser."""
     pytest.importorskip("psycopg")
     with tempfile.TemporaryDirectory(prefix="hybridkex-") as name:
         try:

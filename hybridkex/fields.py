@@ -49,7 +49,8 @@ def _is_awaited(value: Any) -> bool:
     called = (
         value if inspect.isroutine(value) or isinstance(value, partial) else type(value).__call__
     )
-    return inspect.iscoroutinefunction(called) or inspect.isasyncgenfunction(called)
+    known = inspect.iscoroutinefunction(value) or inspect.iscoroutinefunction(called)
+    return known or inspect.isasyncgenfunction(called)
 
 
 _SIMPLE: Final[Mapping[Any, Kind]] = {
@@ -183,9 +184,12 @@ def _fault(value: Any, base: type, name: str) -> str | None:
     if getattr_static(type(value), name, value) is wanted:
         return ""
     given = getattr(value, name)
-    if inspect.isfunction(wanted) and not callable(given):
+    if not inspect.isfunction(wanted):
+        is_class_method = isinstance(wanted, classmethod | staticmethod)
+        return None if is_class_method or not inspect.ismethod(given) else " (not a method)"
+    if not callable(given):
         return " (a method)"
-    if inspect.iscoroutinefunction(given) and not inspect.iscoroutinefunction(wanted):
+    if _is_awaited(given) and not _is_awaited(wanted):
         return " (a method that is not async)"
     return None
 

@@ -128,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
             choices=("debug", "info", "warning"),
             help="messages on standard error (default: warning)",
         )
-        add_options(one, ChannelOptions, alpn=[PROTOCOL])
+        add_options(one, ChannelOptions, alpn=[PROTOCOL], json=False)
     return parser
 
 
@@ -140,6 +140,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ChatError("--queue, --most and --away must be positive")
     if args.mode == "client":
         check_name("room", args.room)
+    if args.mode != "client" and args.store_key is not None and args.store is None:
+        raise ChatError("--store-key requires --store")
     if args.mode == "pair":
         listener, connector = ("port", "store", "store_key"), ("server_name",)
         for name in listener if args.address else connector:

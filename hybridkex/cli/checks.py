@@ -73,6 +73,7 @@ EXTRAS: Final = {
     "openpgp": "raw public keys endorsed by OpenPGP signatures",
     "anyio": "hybridkex.anyio",
     "http": "adapters for httpx, hypercorn and uvicorn",
+    "examples": "the input line of the chat, and the HTTP examples",
 }
 """The purpose of each extra; liboqs has a check of its own."""
 HANDSHAKE_LIMIT: Final = 30.0

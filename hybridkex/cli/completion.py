@@ -13,8 +13,8 @@ class CompletionOptions:
 
 
 COMMAND: Final = Command(
-    "Print a completion script for a shell. It completes commands, options, the values of "
-    "options, and file names. Generate it again after an upgrade.",
+    "Print a completion script for a shell. It completes commands, options, their "
+    "choices, and file names. Generate it again after an upgrade.",
     examples=[
         "completion bash > ~/.local/share/bash-completion/completions/hybridkex",
         "completion zsh > ~/.zfunc/_hybridkex",

@@ -450,7 +450,7 @@ def check_unused(path: Path | str) -> None:
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links that form a ring
         raise ConfigError(
             f"the file that marks the detections in {path} as used cannot be created beside them: "
-            f"{reason(error)}; move the detections to a folder that you can write to"
+            f"{reason(error)}; move them to a folder that you can write to, or rename them"
         ) from None
     raise ConfigError(
         f"the detections in {path} have been used, as {marker.name} beside them says, and a second "

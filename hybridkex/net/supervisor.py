@@ -164,7 +164,7 @@ class Supervisor(Generic[T]):
                 try:
                     await self._accept_one(listener, pending)
                     if trio.current_time() < self._rest_until + REST_SECONDS:
-                        await trio.sleep(RETRY_SECONDS)  # wait whether its handler fails, too
+                        await trio.sleep(RETRY_SECONDS)  # its handler may fail as well
                 except (OSError, MemoryError) as error:
                     full.log(
                         logging.ERROR,

@@ -5,6 +5,7 @@ from typing import Final
 
 from hybridkex.crypto.psk import ExternalPsk
 from hybridkex.errors import (
+    ConfigError,
     InternalError,
     KeyConsumed,
     KeyExpired,
@@ -13,6 +14,7 @@ from hybridkex.errors import (
     PeerError,
     UnknownPskIdentity,
 )
+from hybridkex.fields import described
 from hybridkex.net.event_loop import in_thread
 from hybridkex.tls.config import ClientConfig, PskSource, ServerConfig
 from hybridkex.tls.connection import ClientConnection, ServerConnection
@@ -139,4 +141,10 @@ class Answers:
     def _authorized(self, proposed: SessionProposed) -> Session:
         if self._psk_source is None:
             return proposed.session
-        return self._psk_source.authorize(proposed.session, self._psk_missing)
+        session = self._psk_source.authorize(proposed.session, self._psk_missing)
+        if type(session) is not Session:  # the engine takes None for the one that it proposed
+            raise ConfigError(
+                f"authorize of {type(self._psk_source).__name__} returned {described(session)}; it "
+                "returns the session, or raises a PeerError to refuse the peer"
+            )
+        return session

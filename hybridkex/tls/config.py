@@ -152,7 +152,7 @@ _FOR_SHELLS: Final[Mapping[str, type]] = {
     "client_verifier": Refreshable,
     "ticket_store": FlushableTicketStore,
 }
-"""What a shell calls of these fields, if they have it; the engine does not."""
+"""The protocols that a shell uses where a field's object has them; the engine does not."""
 _EXAMPLES: Final[Mapping[str, str]] = {
     "groups": "groups=(X25519MLKEM768,)",
     "suites": "suites=(TLS_AES_256_GCM_SHA384,)",

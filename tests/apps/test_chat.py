@@ -386,7 +386,9 @@ def test_a_one_time_pad_that_is_used_up(processes: Processes, kmes: Kmes, tmp_pa
     [
         (("localhost", "--port", "4502"), "--port is for the side that listens"),
         (("localhost:1", "--store", "x"), "--store is for the side that listens"),
-        (("localhost", "--store-key", "x"), "--store-key is for the side that listens"),
+        (("localhost", "--store-key", "x", "--store", "y"), "--store is for the side that listens"),
+        (("localhost", "--store-key", "x"), "--store-key requires --store"),
+        (("--store-key", "x"), "--store-key requires --store"),
         (("--server-name", "bob"), "--server-name is for the side that connects"),
     ],
 )

@@ -6,10 +6,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import trio
+import trio.testing
 
-from hybridkex import ClientConfig, DevCa, MemoryTicketStore, ServerConfig, TrustStore
+from hybridkex import (
+    ClientConfig,
+    DevCa,
+    MemoryTicketStore,
+    QkdPskSource,
+    SecureStream,
+    ServerConfig,
+    TrustStore,
+)
 from hybridkex.machine import leaves
 from hybridkex.net.event_loop import time_limit
+from hybridkex.qkd.in_process import in_process_pair
 from hybridkex.shell.answers import CODE_FAILED
 
 CA = DevCa.create()
@@ -75,6 +86,60 @@ def test_in_the_handshake(
     assert [
         one for one in caplog.records if one.name == "asyncio" and one.levelname == "ERROR"
     ] == []
+
+
+class Forgetful(QkdPskSource):
+    """A source whose ``authorize`` returns no session."""
+
+    result: Any = None
+
+    def authorize(self, *_: Any) -> Any:
+        return self.result
+
+
+def qkd_configs(forgetful: str) -> tuple[ClientConfig, ServerConfig]:
+    kinds = {"client": QkdPskSource, "server": QkdPskSource, forgetful: Forgetful}
+    ours, theirs = in_process_pair("a", "b")
+    client, server = kinds["client"](ours), kinds["server"](theirs)
+    return ClientConfig(psk_source=client), ServerConfig(psk_source=server)
+
+
+@pytest.mark.parametrize("result", [None, True, b"", "session"])
+def test_a_client_whose_source_returns_no_session(
+    shell: Any, result: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A forgotten return accepts nobody."""
+    monkeypatch.setattr(Forgetful, "result", result)
+
+    async def main() -> None:
+        async with time_limit(20):
+            with pytest.raises(Exception) as caught:
+                async with shell.pair(*qkd_configs("client")):
+                    pass
+        found = [str(one) for one in leaves(caught.value)]
+        assert any("authorize of Forgetful returned" in one for one in found)
+
+    shell.run(main)
+
+
+@pytest.mark.parametrize("result", [None, True, b"", "session"])
+async def test_a_server_whose_source_returns_no_session(
+    result: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Forgetful, "result", result)
+    configs = qkd_configs("server")
+    below = trio.testing.memory_stream_pair()
+    client, server = (SecureStream(one, made) for one, made in zip(below, configs, strict=True))
+
+    async def receive() -> None:
+        with pytest.raises(trio.BrokenResourceError) as caught:
+            await client.receive_some()
+        assert "internal_error" in str(caught.value.__cause__ or caught.value)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(receive)
+        with pytest.raises(trio.BrokenResourceError, match="authorize of Forgetful returned"):
+            await server.do_handshake()
 
 
 @pytest.mark.parametrize("error", [Full("the disk is full"), StopIteration(), Panic("")], ids=repr)

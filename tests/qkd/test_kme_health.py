@@ -173,7 +173,7 @@ async def test_not_ready_without_a_peer(site: Site, serve: Any) -> None:
     config = site.kme("kme-a", saes=("alice",), peer=(away,))
     async with serve(ServeConfig(kme=(config,), metrics=ANYWHERE)) as where:
         with trio.fail_after(20):
-            while "other end" not in (await page(where, "readyz"))[1]["kmes"]["kme-a"]["kme-x"]:  # noqa: ASYNC110
+            while "the peer KME" not in (await page(where, "readyz"))[1]["kmes"]["kme-a"]["kme-x"]:  # noqa: ASYNC110
                 await trio.sleep(0.1)
         assert (await page(where, "readyz"))[0] == 503
     both = replace(config, self_pairs=True)

@@ -4,6 +4,7 @@ One test for every place that takes an object by a protocol: verifier, PSK sourc
 source, key exchange, authentication, error correction; and for TLS extensions.
 """
 
+import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, make_dataclass, replace
@@ -106,7 +107,11 @@ def members(protocol: type) -> list[str]:
 
 def lacking(protocol: type, *names: str, inherits: bool = False) -> object:
     """An object with all members of a protocol but these, or with the protocol's own for these."""
-    own = {name: lambda *_: None for name in members(protocol) if name not in names}
+    whole = {
+        name: (lambda *_: None) if inspect.isfunction(vars(protocol)[name]) else None
+        for name in members(protocol)
+    }
+    own = {name: value for name, value in whole.items() if name not in names}
     return type("Mine", (protocol,) if inherits else (), own)()
 
 

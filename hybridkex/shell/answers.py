@@ -5,7 +5,6 @@ from typing import Final
 
 from hybridkex.crypto.psk import ExternalPsk
 from hybridkex.errors import (
-    ConfigError,
     InternalError,
     KeyConsumed,
     KeyExpired,
@@ -143,7 +142,7 @@ class Answers:
             return proposed.session
         session = self._psk_source.authorize(proposed.session, self._psk_missing)
         if type(session) is not Session:  # the engine takes None for the one that it proposed
-            raise ConfigError(
+            raise TypeError(
                 f"authorize of {type(self._psk_source).__name__} returned {described(session)}; it "
                 "returns the session, or raises a PeerError to refuse the peer"
             )

@@ -23,7 +23,7 @@ from hybridkex.errors import (
     ProtocolVersionError,
     UnrecognizedName,
 )
-from hybridkex.fields import check_members
+from hybridkex.fields import described
 from hybridkex.reasons import Reason
 from hybridkex.tls import fresh_negotiation, negotiation
 from hybridkex.tls.admission import resumable
@@ -411,9 +411,8 @@ def _answer_application(
         offered = hello.message.extensions.decoded(ours.type, ours.read)
         answer = ours.answer(offered) if offered is not None else None
         if offered is not None and answer is not None:
-            check_members(
-                f"answer of {type(ours).__name__}", answer, ext.Extension, ("type", "body")
-            )
+            if not isinstance(answer, ext.Extension | ext.UnknownExtension):
+                raise TypeError(f"answer of {type(ours).__name__} returned {described(answer)}")
             answered.append((offered, answer))
     return tuple(answered)
 

@@ -138,7 +138,7 @@ async def test_a_server_whose_source_returns_no_session(
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(receive)
-        with pytest.raises(trio.BrokenResourceError, match="authorize of Forgetful returned"):
+        with pytest.raises(TypeError, match="authorize of Forgetful returned"):
             await server.do_handshake()
 
 

@@ -66,6 +66,17 @@ def handshakes() -> list[tuple[ClientConfig, ServerConfig]]:
     ]
 
 
+def complete(pair: Pair) -> None:
+    """Run a handshake, with the PSK if the client asks for one."""
+    pair.client.start()
+    if isinstance(pair.client._state, client.WaitPsk):
+        while pair.client.next_event() is not None:
+            pass
+        pair.client.provide_psk(PSK)
+    pair.pump()
+    assert pair.both_complete
+
+
 class Observed:
     """What the engines did, by state."""
 
@@ -108,13 +119,7 @@ def test_the_tables_are_what_happens(monkeypatch: pytest.MonkeyPatch) -> None:
         pair = Pair.make(ours, theirs, lookup=lambda _: PSK)
         observed.watch(pair.client)
         observed.watch(pair.server)
-        pair.client.start()
-        if isinstance(pair.client._state, client.WaitPsk):
-            while pair.client.next_event() is not None:
-                pass
-            pair.client.provide_psk(PSK)
-        pair.pump()
-        assert pair.both_complete
+        complete(pair)
         pair.client.send_data(b"x")
         pair.server.send_data(b"y")  # with the tickets
         pair.pump()
@@ -156,13 +161,7 @@ def test_later_states_change_nothing_in_earlier_ones(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Connection, "_enter", entering)
     for ours, theirs in handshakes():
         pair = Pair.make(ours, theirs, lookup=lambda _: PSK)
-        pair.client.start()
-        if isinstance(pair.client._state, client.WaitPsk):
-            while pair.client.next_event() is not None:
-                pass
-            pair.client.provide_psk(PSK)
-        pair.pump()
-        assert pair.both_complete
+        complete(pair)
     handshaking = {
         state
         for role in (client, server)

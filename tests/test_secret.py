@@ -19,27 +19,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from leaks import leaks
 
 from hybridkex.secret import Secret
 
 VALUE = b"correct horse battery staple \xf0\xca\x5e"
 SECRET = Secret(VALUE)
-
-
-def leaks(text: str | bytes) -> bool:
-    """Whether the value, or half of it, is in a text, in one of the usual notations."""
-    if isinstance(text, bytes):
-        text = text.decode("latin-1")
-    for part in (VALUE[:8], VALUE[8:16], VALUE[-8:]):
-        notations = (part.decode("latin-1"), part.hex(), part.hex(" "), repr(part)[2:-1])
-        if any(notation.lower() in text.lower() for notation in notations):
-            return True
-    return False
-
-
-def test_the_detector_detects() -> None:
-    assert all(leaks(text) for text in (repr(VALUE), VALUE, VALUE.hex(), f"x{VALUE[8:16]!r}y"))
-    assert not leaks("Secret(32 bytes)")
 
 
 @dataclass
@@ -69,7 +54,7 @@ class Holder:
 )
 def test_no_text_shows_it(show: Callable[[Secret], str]) -> None:
     shown = show(SECRET)
-    assert not leaks(shown)
+    assert not leaks(shown, VALUE)
 
 
 def test_what_it_says_instead() -> None:
@@ -82,7 +67,7 @@ def test_a_format_specification_does_not_bring_it_out() -> None:
     for specification in ("x", "s", "40", ">100", "b"):
         with pytest.raises(TypeError) as caught:
             format(SECRET, specification)
-        assert not leaks(str(caught.value))
+        assert not leaks(str(caught.value), VALUE)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +97,7 @@ def test_a_format_specification_does_not_bring_it_out() -> None:
 def test_no_way_of_copying_it_takes_it(write: Callable[[Any], object]) -> None:
     with pytest.raises((TypeError, AttributeError)) as caught:
         write(SECRET)
-    assert not leaks(str(caught.value))
+    assert not leaks(str(caught.value), VALUE)
 
 
 def test_a_dataclass_can_hold_it_and_be_replaced() -> None:
@@ -135,7 +120,7 @@ def test_tracebacks() -> None:
         with_locals = traceback.TracebackException.from_exception(error, capture_locals=True)
     shown = "".join(with_locals.format())
     assert "holder = Holder(name='x', secret=Secret(32 bytes))" in shown
-    assert not leaks(shown)
+    assert not leaks(shown, VALUE)
 
 
 def test_logs(caplog: pytest.LogCaptureFixture) -> None:
@@ -144,7 +129,7 @@ def test_logs(caplog: pytest.LogCaptureFixture) -> None:
         logger.debug("key %s of %r", SECRET, Holder("x", SECRET))
         logger.error("failed with %s", SECRET, exc_info=ValueError(SECRET))
     assert caplog.text.count("Secret(32 bytes)") >= 3
-    assert not leaks(caplog.text)
+    assert not leaks(caplog.text, VALUE)
 
 
 def test_a_failed_assertion_does_not_show_it() -> None:
@@ -152,7 +137,7 @@ def test_a_failed_assertion_does_not_show_it() -> None:
     other = Secret(VALUE[:-1])
     with pytest.raises(AssertionError, match="Secret") as caught:
         assert other == SECRET
-    assert not leaks(str(caught.value))
+    assert not leaks(str(caught.value), VALUE)
 
 
 def test_reveal() -> None:

@@ -8,6 +8,7 @@ import traceback
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from leaks import leaks
 
 from hybridkex.constants import TLS13
 from hybridkex.crypto.psk import MIN_PSK_LENGTH, ExternalPsk, import_key
@@ -137,8 +138,7 @@ def test_a_psk_does_not_show_its_key() -> None:
     for shown in (repr(psk), str(psk), f"{psk}", f"{psk!r}"):
         assert "visible" in shown
         assert "Secret(32 bytes)" in shown
-        assert KEY.reveal().hex() not in shown
-        assert repr(KEY.reveal())[2:-1] not in shown
+        assert not leaks(shown, KEY.reveal())
 
 
 def test_a_psk_does_not_change() -> None:

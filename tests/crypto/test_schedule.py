@@ -6,6 +6,7 @@ import hmac
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from leaks import leaks
 
 from hybridkex.constants import Label
 from hybridkex.crypto.schedule import (
@@ -228,8 +229,7 @@ def test_no_stage_shows_its_secret(suite: CipherSuite) -> None:
         ExporterSecret(suite.hash, secret),
         ResumptionSecret(suite.hash, secret),
     ):
-        assert value.hex() not in repr(holder)
-        assert repr(value)[2:-1] not in repr(holder)
+        assert not leaks(repr(holder), value)
         assert f"Secret({suite.hash.size} bytes)" in repr(holder)
 
 

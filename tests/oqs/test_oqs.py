@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import trio
+from leaks import leaks
 from tls_glue import ANY_GROUP, Pair
 
 from hybridkex.auth import DevCa, Pins, RawIdentity, TrustStore
@@ -196,13 +197,12 @@ def test_keys_of_other_lengths() -> None:
         pem = OqsPrivateKey(OqsPublicKey("Falcon-512", public), Secret(secret)).to_pem()
         with pytest.raises(ConfigError, match="other lengths") as caught:
             RawIdentity.from_pem(pem)
-        assert secret[:8].hex() not in str(caught.value)
+        assert not leaks(str(caught.value), secret)
     spoiled = OqsPrivateKey(good.public, Secret(bytes(len(good.private))))
     with pytest.raises(LocalStateError, match="cannot sign"):
         spoiled.sign(b"content")
     for one in (good, kem, RawIdentity(good)):
-        assert good.private.reveal()[:8].hex() not in repr(one)
-        assert repr(good.private.reveal())[2:20] not in repr(one)
+        assert not leaks(repr(one), good.private.reveal())
 
 
 @needs_liboqs

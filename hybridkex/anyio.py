@@ -12,21 +12,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar, Final, Self
 
-import anyio
-from anyio.abc import (
-    AnyByteStream,
-    AnyByteStreamConnectable,
-    ByteStream,
-    ByteStreamConnectable,
-    Listener,
-    ObjectStream,
-    SocketAttribute,
-    TaskGroup,
-)
-from anyio.streams.tls import TLSAttribute
-
 from hybridkex.auth import PeerCertificate
 from hybridkex.errors import CertificateRejected
+from hybridkex.extras import needs
 from hybridkex.machine import broken, leaves
 from hybridkex.net.acknowledged import unacknowledged
 from hybridkex.net.budget import PATIENCE, Budget, Connection
@@ -45,6 +33,20 @@ from hybridkex.shell.ssl_facade import SslObject, cipher_of, describe, is_ssl_er
 from hybridkex.text import get_logger
 from hybridkex.tls.config import ClientConfig, ServerConfig, check_config
 from hybridkex.tls.session import Session
+
+with needs("anyio"):
+    import anyio
+    from anyio.abc import (
+        AnyByteStream,
+        AnyByteStreamConnectable,
+        ByteStream,
+        ByteStreamConnectable,
+        Listener,
+        ObjectStream,
+        SocketAttribute,
+        TaskGroup,
+    )
+    from anyio.streams.tls import TLSAttribute
 
 __all__ = [
     "HybridkexAttribute",

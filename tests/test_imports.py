@@ -5,6 +5,7 @@ The sources are read, not run, so an import inside a function counts as well as 
 
 import ast
 import importlib
+import json
 import subprocess
 import sys
 import tomllib
@@ -21,8 +22,8 @@ import hybridkex
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hybridkex"
 
-BASE = {"constants", "errors", "fields", "json_text", "lazy_names", "machine", "reasons", "secret"}
-BASE |= {"text", "values"}
+BASE = {"constants", "errors", "extras", "fields", "json_text", "lazy_names", "machine", "reasons"}
+BASE |= {"secret", "text", "values"}
 ENGINE = BASE | {"wire", "crypto", "auth", "tls"}
 
 # What each package may import, besides itself. A file beside the packages counts as one; the public
@@ -31,6 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "constants": set(),
     "reasons": {"constants"},
     "errors": {"constants", "reasons", "text"},
+    "extras": set(),
     "json_text": set(),
     "secret": set(),
     "fields": {"errors"},
@@ -59,7 +61,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kme": ENGINE | {"files", "net", "qkd", "link", "shell", "streams"},
     "combiner": BASE | {"net", "wire", "crypto", "auth", "qkd"},
     # Applications need no more than what everybody has.
-    "apps": {"errors", "files", "json_text", "machine", "net", "text", "combiner", ""},
+    "apps": {"errors", "extras", "files", "json_text", "machine", "net", "text", "combiner", ""},
     "demos": ENGINE | {"files", "net", "qkd", "link", "kme", "shell", "streams", ""},
     "cli": ENGINE
     | {"files", "combiner", "net", "qkd", "link", "kme", "demos", "apps", "shell", "streams", ""},
@@ -290,16 +292,71 @@ def test_the_reader_sees_a_ring() -> None:
     assert cycle(there + later) is None
 
 
-def optional_modules() -> set[str]:
-    """The modules of every extra that is not for tests, from pyproject.toml."""
+def modules_of_extras() -> dict[str, set[str]]:
+    """The modules of each extra that is not for tests, from pyproject.toml."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    named_otherwise = {"liboqs-python": "oqs", "prometheus-client": "prometheus_client"}
-    names = {
-        requirement.partition(">=")[0].strip()
-        for extra in ("apps", "kme", "link", "openpgp", "oqs", "plot")
-        for requirement in project["optional-dependencies"][extra]
+    extras = project["optional-dependencies"]
+    return {
+        extra: {
+            "oqs" if package == "liboqs-python" else package.replace("-", "_")
+            for package in (one.partition(">=")[0] for one in extras[extra])
+        }
+        for extra in extras.keys() - {"all", "dev", "docs", "test"}
     }
-    return {named_otherwise.get(name, name) for name in names}
+
+
+def optional_modules() -> set[str]:
+    return set().union(*modules_of_extras().values())
+
+
+WITHOUT_EXTRAS = """
+import hybridkex, importlib, json, pkgutil, sys
+sys.modules.update(dict.fromkeys(json.loads(sys.argv[1])))
+commands = "hybridkex.__main__", "hybridkex.cli", "hybridkex.demos"  # see test_arguments.py
+inner = "hybridkex.net.http"  # of two extras; its callers name theirs
+errors = {}
+for module in pkgutil.walk_packages(hybridkex.__path__, "hybridkex.", lambda name: None):
+    if not module.name.startswith((*commands, inner)):
+        try:
+            importlib.import_module(module.name)
+        except Exception as error:
+            errors[module.name] = getattr(error, "name", ""), str(error)
+print(json.dumps(errors))
+"""
+
+
+def test_a_module_whose_extra_is_missing_says_how_to_install_it() -> None:
+    program = [sys.executable, "-c", WITHOUT_EXTRAS, json.dumps([*optional_modules()])]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=60, cwd=ROOT, check=True)
+    advised = {}
+    for module, (package, text) in json.loads(done.stdout).items():
+        extra = text.partition("pip install 'hybridkex[")[2].removesuffix("]'")
+        modules = {"", *modules_of_extras().get(extra, ())}
+        assert package.partition(".")[0] in modules, (module, text)
+        advised[module] = extra
+    expected = {
+        "hybridkex.adapters.httpx": "http",
+        "hybridkex.adapters.hypercorn": "http",
+        "hybridkex.adapters.uvicorn": "http",
+        "hybridkex.anyio": "anyio",
+        "hybridkex.apps.tunnel": "apps",
+        "hybridkex.kme.serve": "kme",
+        "hybridkex.link": "link",
+        "hybridkex.qkd.etsi014.client": "kme",
+        "hybridkex.qkd.postgres_store": "postgres",
+    }
+    assert advised == advised | expected
+
+
+@pytest.mark.parametrize(("module", "extra"), [("plots", "plot"), ("compiled", "fast")])
+def test_a_further_extra_of_the_link_is_named(
+    module: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, f"hybridkex.link.{module}", raising=False)
+    for package in modules_of_extras()[extra]:
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=rf"pip install 'hybridkex\[{extra}\]'$"):
+        importlib.import_module(f"hybridkex.link.{module}")
 
 
 @pytest.mark.parametrize("module", ["hybridkex", "hybridkex.cli", "hybridkex.shell.qkd_keys"])

@@ -23,16 +23,19 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
-import anyio
-import anyio.abc
-import httpcore
-import httpx
-from anyio.streams.tls import TLSAttribute
-
-from hybridkex.anyio import HybridkexAttribute, SecureByteStream
 from hybridkex.errors import ConfigError
+from hybridkex.extras import needs
 from hybridkex.text import said
 from hybridkex.tls.config import ClientConfig, check_config
+
+with needs("http"):
+    import anyio
+    import anyio.abc
+    import httpcore
+    import httpx
+    from anyio.streams.tls import TLSAttribute
+
+    from hybridkex.anyio import HybridkexAttribute, SecureByteStream
 
 __all__ = ["SecureBackend", "SecureTransport", "pool_options"]
 

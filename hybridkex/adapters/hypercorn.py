@@ -13,19 +13,21 @@ from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, Final
 
-from hypercorn.asyncio.lifespan import Lifespan
-from hypercorn.asyncio.tcp_server import TCPServer
-from hypercorn.asyncio.worker_context import WorkerContext
-from hypercorn.config import Config
-from hypercorn.typing import ASGIFramework
-from hypercorn.utils import wrap_app
-
 from hybridkex.aio.connect import listen
 from hybridkex.aio.places import Places
 from hybridkex.aio.streams import stream_protocol
 from hybridkex.aio.transport import SecureTransport, time_limits
+from hybridkex.extras import needs
 from hybridkex.net.event_loop import begun, shielded
 from hybridkex.tls.config import ServerConfig, check_config
+
+with needs("http"):
+    from hypercorn.asyncio.lifespan import Lifespan
+    from hypercorn.asyncio.tcp_server import TCPServer
+    from hypercorn.asyncio.worker_context import WorkerContext
+    from hypercorn.config import Config
+    from hypercorn.typing import ASGIFramework
+    from hypercorn.utils import wrap_app
 
 __all__ = ["serve"]
 

@@ -16,12 +16,14 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, Final, NoReturn
 
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
-
 from hybridkex.aio.places import Places
 from hybridkex.aio.transport import SecureTransport, time_limits
 from hybridkex.errors import ConfigError
+from hybridkex.extras import needs
 from hybridkex.tls.config import ServerConfig, check_config
+
+with needs("http"):
+    from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 __all__ = ["secure_http"]
 

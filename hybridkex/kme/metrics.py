@@ -4,10 +4,13 @@ from collections.abc import Iterable
 from enum import Enum
 from typing import TYPE_CHECKING, Final
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-
 from hybridkex.errors import BlockAborted
-from hybridkex.net.http import Request, Response, Route, find_route
+from hybridkex.extras import needs
+
+with needs("kme"):
+    from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+    from hybridkex.net.http import Request, Response, Route, find_route
 
 if TYPE_CHECKING:  # imports numpy, which is an extra
     from hybridkex.link.ledger import Ledger

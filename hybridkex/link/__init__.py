@@ -19,3 +19,8 @@ detections is done here in full, by two parties that share only a quantum and a 
 
 The simulation is not a QKD module and claims no certification; see ``docs/qkd-link-model.md``.
 """
+
+from hybridkex.extras import needs
+
+with needs("link"):
+    import numpy as np  # noqa: F401  # nearly every module here needs it

@@ -3,7 +3,10 @@
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-import numba
+from hybridkex.extras import needs
+
+with needs("fast"):
+    import numba
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

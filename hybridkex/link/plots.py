@@ -7,11 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib.figure import Figure
 
 from hybridkex.errors import ConfigError
+from hybridkex.extras import needs
 from hybridkex.files import PUBLIC, write_file
 from hybridkex.link import asymptotic
 from hybridkex.link.finite_key import expected_counts
@@ -31,6 +30,10 @@ from hybridkex.link.ranges import (
 )
 from hybridkex.link.scan import COLUMNS, ERROR, SETTINGS, failed, nothing
 from hybridkex.text import printable
+
+with needs("plot"):
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
 
 GYS_F: Final = 1.22
 PUBLISHED_MAXIMA: Final = (140.6, 142.0)

@@ -1,9 +1,11 @@
 """Prometheus metrics of the tunnels of a process (needs ``prometheus_client``)."""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge
-
 from hybridkex import Session
 from hybridkex.errors import AlertReceived, PeerError
+from hybridkex.extras import needs
+
+with needs("apps"):
+    from prometheus_client import CollectorRegistry, Counter, Gauge
 
 
 class TunnelMetrics:

@@ -23,11 +23,10 @@ from ipaddress import ip_address
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-import httpcore
-import httpx
 import trio
 
 from hybridkex.errors import ConfigError, KeySourceUnavailable
+from hybridkex.extras import needs
 from hybridkex.machine import causes
 from hybridkex.net.event_loop import Lock, on_trio, sleep, time_limit
 from hybridkex.qkd.etsi014.mutual_tls import (
@@ -36,6 +35,10 @@ from hybridkex.qkd.etsi014.mutual_tls import (
     alert_received,
     tls_failure,
 )
+
+with needs("kme"):
+    import httpcore
+    import httpx
 
 _CLOSE_TIMEOUT: Final = 1.0
 _DELAY: Final = 0.25

@@ -3,11 +3,14 @@
 Importing this raises ``ConfigError`` where psycopg is not installed.
 """
 
+import os
 import time
 from contextlib import suppress
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from hybridkex.errors import ConfigError
+from hybridkex.files import read_file
 
 try:
     import psycopg
@@ -58,7 +61,8 @@ _OWNER: Final = "make the role the owner of the database, or of a schema in its 
 _NEXT_STEPS: Final = {
     "unsupported startup parameter": f"; {_NO_POOLER}",
     "no password supplied": "; store the password in a file (mode 600) with the line "
-    "HOST:PORT:DATABASE:USER:PASSWORD, and add ?passfile=FILE to the URL of the store",
+    "HOST:PORT:DATABASE:USER:PASSWORD, whose first four values are those of the URL of the store, "
+    "and add ?passfile=FILE to the URL",
     "password authentication failed": "; compare the password with the role's in the database",
     "in a read-only transaction": "; the URL of the store must name a server that can be written, "
     "not a standby",
@@ -133,27 +137,50 @@ def _bounded(gen: "PQGen[T]") -> "PQGen[T]":
         return result
 
 
-def _malformed() -> ConfigError:
+def _malformed(options: str = "") -> ConfigError:
+    """Without a part of the URL, which may be of a password."""
+    known = [one.keyword.decode() for one in psycopg.pq.Conninfo.get_defaults()]
+    for option in options.split("&") if options else ():
+        if (name := option.partition("=")[0]) not in known:
+            meant = get_close_matches(name, known, n=1)
+            return ConfigError(
+                "an option after the ? in the URL of the store is not one of PostgreSQL"
+                + "".join(f"; did you mean {one}?" for one in meant)
+            )
     return ConfigError(
         "the URL of the store is not one of PostgreSQL; in a password, write @ as %40, / as %2F, "
         "a blank as %20 and % as %25"
     )
 
 
+def _check_password_file(path: str) -> None:
+    """libpq passes over a file that it cannot use, and says later that there is no password."""
+    read_file(path, what="the store's password file (passfile in its URL)", pipe=False)
+    if os.stat(path).st_mode & 0o077:
+        raise ConfigError(
+            f"the store's password file {path} can be read by others, so PostgreSQL ignores it; "
+            f"make it private: chmod 600 {path}"
+        )
+
+
 def prepared(url: str) -> tuple[str, str]:
     """The connection string with our settings, and the name of the database for messages.
 
     Raises:
-        ConfigError: the URL is malformed. The error has no part of it, which may be of a password.
+        ConfigError: the URL is malformed, or its password file cannot be used. The error has no
+            part of the URL that may be of a password.
     """
     try:
         given = conninfo_to_dict(url)
     except psycopg.Error:
-        raise _malformed() from None
+        raise _malformed(url.partition("?")[2]) from None
     host, port, name = (str(given.get(one) or "") for one in ("host", "port", "dbname"))
     # Where a password has an "@" or a "/", its rest is in these. "@name" is an abstract socket.
     if "@" in host[1:] or "@" in name or not set(port) <= set("0123456789,"):
         raise _malformed()
+    path = str(given.get("passfile") or "")
+    if path and "@" not in path:  # where it is the rest of a password
+        _check_password_file(path)
     ours = " ".join(f"-c {name}={value}" for name, value in _SETTINGS.items())
     options = f"{given.get('options') or ''} {ours}".strip()
     settings: dict[str, Any] = {

@@ -1,11 +1,13 @@
 """What a database says when it refuses a KME, with the next step."""
 
+from pathlib import Path
+
 import pytest
 
 psycopg = pytest.importorskip("psycopg")
 
 from hybridkex.errors import ConfigError  # noqa: E402  # after the check for the extra
-from hybridkex.qkd.postgres_connection import reason  # noqa: E402
+from hybridkex.qkd.postgres_connection import prepared, reason  # noqa: E402
 from hybridkex.qkd.postgres_store import check_store  # noqa: E402
 from hybridkex.qkd.store import Seal  # noqa: E402
 from hybridkex.secret import Secret  # noqa: E402
@@ -48,6 +50,52 @@ def test_no_part_of_a_wrong_url_is_told(rest: str) -> None:
     with pytest.raises(ConfigError, match="not one of PostgreSQL") as caught:
         check_store(url, Seal(Secret(bytes(32))), owner="kme-a")
     assert "ter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("passfil=/x", "did you mean passfile?"),
+        ("passfile=/x&sslmod=require", "did you mean sslmode?"),
+        ("colour=blue", "an option after the ? in the URL of the store is not one of PostgreSQL"),
+    ],
+)
+def test_a_misspelt_option_is_told_apart(options: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        prepared(f"postgresql://kme:hunter2@localhost/kme?{options}")
+    assert said in str(caught.value)
+    assert "password" not in str(caught.value)
+    assert "ter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("mode", "said"), [(None, "No such file"), (0o644, "chmod 600"), (0o600, None)]
+)
+def test_a_password_file_that_cannot_be_used_is_named(
+    mode: int | None, said: str | None, tmp_path: Path
+) -> None:
+    file = tmp_path / "pgpass"
+    if mode is not None:
+        file.write_text("localhost:*:*:*:hunter2\n")
+        file.chmod(mode)
+    url = f"postgresql://kme@localhost/kme?passfile={file}"
+    if said is None:
+        assert f"passfile={file}" in prepared(url)[0]
+        return
+    with pytest.raises(ConfigError, match=f"password file .*{file}.*{said}") as caught:
+        prepared(url)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_password_is_not_taken_for_a_password_file() -> None:
+    """Its "/" ends the address, so that the rest of it is in the options."""
+    with pytest.raises(ConfigError) as caught:
+        check_store(
+            Secret(b"postgresql://kme:1/x?passfile=hunter2@localhost/kme"),
+            Seal(Secret(bytes(32))),
+            owner="kme-a",
+        )
+    assert "hunter2" not in str(caught.value)
 
 
 def test_a_database_that_cannot_be_reached_is_named() -> None:

@@ -9,6 +9,7 @@ sockets the process listens on.
 import contextlib
 import resource
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Final
 
 from hybridkex.text import get_logger
@@ -102,7 +103,8 @@ def room_for(connections: int, *, each: int = 1, fewest: int = 1) -> int:
 
 
 def bounded(connections: int, what: str, *, each: int = 1, fewest: int = 1) -> int:
-    """Return :func:`room_for`, and log a reduced number.
+    """Return :func:`room_for`, and log a reduced number: once for all budgets of the process that
+    are reduced alike.
 
     Args:
         connections: the configured number.
@@ -114,6 +116,12 @@ def bounded(connections: int, what: str, *, each: int = 1, fewest: int = 1) -> i
     if connections <= room:
         return connections
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    _log_reduced(room, what, connections, soft)
+    return room
+
+
+@lru_cache
+def _log_reduced(room: int, what: str, connections: int, soft: int) -> None:
     LOG.warning(
         "at most %d %s at once, not %d: this process may open %d files; raise 'ulimit -n' "
         "(LimitNOFILE= of a systemd unit)",
@@ -122,4 +130,3 @@ def bounded(connections: int, what: str, *, each: int = 1, fewest: int = 1) -> i
         connections,
         soft,
     )
-    return room

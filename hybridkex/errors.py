@@ -199,6 +199,7 @@ class HandshakeTimeout(PeerError):
 
 
 _REFUSED: Final = "it refuses our certificate"
+_SEE_PEER: Final = "the peer's error message or log says why"
 ALERT_MEANINGS: Final[dict[int, str]] = {
     Alert.HANDSHAKE_FAILURE: "it has no group, cipher suite, signature algorithm or PSK in "
     "common with us",
@@ -222,16 +223,16 @@ ALERT_MEANINGS: Final[dict[int, str]] = {
     Alert.UNKNOWN_CA: "it does not trust the authority of our certificate",
     Alert.CERTIFICATE_EXPIRED: f"{_REFUSED} for its validity dates; check them and both clocks",
     Alert.CERTIFICATE_REVOKED: f"{_REFUSED} as revoked",
-    Alert.BAD_CERTIFICATE: f"{_REFUSED}; its log says why",
+    Alert.BAD_CERTIFICATE: f"{_REFUSED}; {_SEE_PEER}",
     Alert.UNSUPPORTED_CERTIFICATE: f"{_REFUSED} for its type or its key usage",
-    Alert.CERTIFICATE_UNKNOWN: f"{_REFUSED}; its log says why",
+    Alert.CERTIFICATE_UNKNOWN: f"{_REFUSED}; {_SEE_PEER}",
     Alert.ACCESS_DENIED: "it knows our identity and denies us access",
     Alert.UNKNOWN_PSK_IDENTITY: "it does not have, or cannot get, our pre-shared key or QKD key",
     Alert.DECRYPT_ERROR: (
         "a signature or a pre-shared key did not verify at its end; the two ends may have "
         "different keys"
     ),
-    Alert.INTERNAL_ERROR: "a failure on its side; its log says why",
+    Alert.INTERNAL_ERROR: f"the fault is on the peer's side; {_SEE_PEER}",
 }
 """Explanations of a peer's alert for the reader of the error (RFC 9846 section 6.2). Alerts that
 are not listed mean that a message was malformed."""

@@ -245,7 +245,17 @@ def _liboqs() -> Finding:
 
 
 def _extras() -> Iterator[Finding]:
-    for extra, modules in modules_of_extras().items():
+    extras = modules_of_extras()
+    if not extras:
+        yield Finding(
+            name="extras",
+            works=False,
+            required=False,
+            detail="their packages are not known: hybridkex runs from a checkout where it is not "
+            "installed",
+            advice="pip install -e . in the checkout",
+        )
+    for extra, modules in extras.items():
         if (purpose := EXTRAS.get(extra)) is None:
             continue
         missing = [name for name in modules if importlib.util.find_spec(name) is None]

@@ -1,7 +1,6 @@
 """The extras of the installed package."""
 
 import re
-from collections import defaultdict
 from collections.abc import Mapping
 from typing import Final
 
@@ -13,11 +12,11 @@ def modules_of_extras() -> Mapping[str, list[str]]:
     """The modules that each extra brings; empty in a checkout that is not installed."""
     from importlib import metadata  # noqa: PLC0415  # 20 modules, which no --help needs
 
-    found = defaultdict[str, list[str]](list)
     try:
         required = metadata.requires("hybridkex") or ()
     except metadata.PackageNotFoundError:
-        return found
+        return {}
+    found: dict[str, list[str]] = {}
     for package, extra in (one.groups() for one in map(_OF_EXTRA.match, required) if one):
-        found[extra].append(package.replace("-", "_"))
+        found.setdefault(extra, []).append(package.replace("-", "_"))
     return found

@@ -1,5 +1,6 @@
 """``hybridkex doctor``: a healthy machine, one that computes wrongly, missing parts, a KME."""
 
+import importlib.metadata
 import importlib.util
 import json
 import re
@@ -11,6 +12,7 @@ import pytest
 from forked import Forkserver
 
 from hybridkex.cli import checks, main
+from hybridkex.cli.extras import modules_of_extras
 from hybridkex.crypto.oqs import oqs_status
 from hybridkex.qkd.in_process import in_process_pair
 
@@ -84,6 +86,21 @@ def test_every_extra_for_users_is_examined(capsys: pytest.CaptureFixture[str]) -
     assert {f"extra [{one}]" for one in extras - others} == {
         name for name in found if name.startswith("extra ")
     }
+
+
+def test_a_checkout_that_is_not_installed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def requires(name: str) -> list[str]:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", requires)
+    status, found = examined(capsys)
+    assert status == 0
+    assert "not installed" in found["extras"]["detail"]
+    assert found["extras"]["advice"] == "pip install -e . in the checkout"
+    assert not any(name.startswith("extra ") for name in found)
+    assert modules_of_extras() == {}
 
 
 def test_a_kme_that_is_there_and_one_that_is_gone(

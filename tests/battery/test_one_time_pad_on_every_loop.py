@@ -205,7 +205,7 @@ def test_the_stock_is_gone(run: Run, why: str) -> None:
                     sent += 50
                     if len(heard) >= 150:
                         sites.alice.down, sites.alice.empty = why == "down", why == "empty"
-                    await sleep(0.001)
+                    await sleep(0.02)
                     assert sent < 100_000
             except Exception as error:
                 reasons["client"] = error

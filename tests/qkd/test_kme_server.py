@@ -102,41 +102,38 @@ async def test_status(two: Any) -> None:
     }
 
 
-@pytest.mark.parametrize(
-    ("method", "body"),
-    [
+async def test_the_default_key(two: Any) -> None:
+    alice, bob = two
+    for method, body in (
         ("GET", None),
         ("POST", None),
         ("POST", {}),
         ("POST", {"number": 1}),
         ("POST", {"number": 1, "size": None, "additional_slave_SAE_IDs": None}),
         ("POST", {"number": None, "extension_mandatory": None, "extension_optional": None}),
-    ],
-)
-async def test_the_default_key(two: Any, method: str, body: Any) -> None:
+    ):
+        answer = await alice.request(method, "/bob/enc_keys", json=body)
+        assert answer.status_code == 200, (method, body)
+        [key] = answer.json()["keys"]
+        assert len(base64.b64decode(key["key"], validate=True)) == 32
+        got = await bob.get("/alice/dec_keys", params={"key_ID": key["key_ID"]})
+        assert got.json() == {"keys": [key]}, (method, body)
+
+
+async def test_sizes(two: Any) -> None:
     alice, bob = two
-    answer = await alice.request(method, "/bob/enc_keys", json=body)
-    assert answer.status_code == 200
-    [key] = answer.json()["keys"]
-    assert len(base64.b64decode(key["key"], validate=True)) == 32
-    got = await bob.get("/alice/dec_keys", params={"key_ID": key["key_ID"]})
-    assert got.json() == {"keys": [key]}
+    for size in (64, 128, 256, 264, 512, 4096):
+        keys = (await alice.get(f"/bob/enc_keys?number=3&size={size}")).json()["keys"]
+        assert [len(base64.b64decode(key["key"])) * 8 for key in keys] == [size] * 3
+        ids = {"key_IDs": [{"key_ID": key["key_ID"]} for key in keys]}
+        assert (await bob.post("/alice/dec_keys", json=ids)).json()["keys"] == keys, size
+        # The first 64 bits are not used again for another key.
+        assert len({key["key"][:8] for key in keys}) == 3, size
 
 
-@pytest.mark.parametrize("size", [64, 128, 256, 264, 512, 4096])
-async def test_sizes(two: Any, size: int) -> None:
-    alice, bob = two
-    keys = (await alice.get(f"/bob/enc_keys?number=3&size={size}")).json()["keys"]
-    assert [len(base64.b64decode(key["key"])) * 8 for key in keys] == [size] * 3
-    ids = {"key_IDs": [{"key_ID": key["key_ID"]} for key in keys]}
-    assert (await bob.post("/alice/dec_keys", json=ids)).json()["keys"] == keys
-    # The first 64 bits are not used again for another key.
-    assert len({key["key"][:8] for key in keys}) == 3
-
-
-@pytest.mark.parametrize(
-    ("request_", "message"),
-    [
+async def test_bad_key_requests(two: Any) -> None:
+    alice, _ = two
+    cases: list[tuple[Any, str]] = [
         ({"size": 257}, "size shall be a multiple of 8"),
         ({"size": 56}, "min_key_size"),
         ({"size": 4104}, "max_key_size"),
@@ -154,13 +151,11 @@ async def test_sizes(two: Any, size: int) -> None:
         ({"additional_slave_SAE_IDs": [f"x{i}" for i in range(9)]}, "too many"),
         ({"extension_mandatory": [5]}, "Bad request format"),
         ([], "Bad request format"),
-    ],
-)
-async def test_bad_key_requests(two: Any, request_: Any, message: str) -> None:
-    alice, _ = two
-    answer = await alice.post("/bob/enc_keys", json=request_)
-    assert answer.status_code == 400
-    assert message in answer.json()["message"]
+    ]
+    for request, message in cases:
+        answer = await alice.post("/bob/enc_keys", json=request)
+        assert answer.status_code == 400, request
+        assert message in answer.json()["message"], request
 
 
 async def test_the_standards_own_words(two: Any) -> None:
@@ -180,9 +175,9 @@ async def test_the_standards_own_words(two: Any) -> None:
     assert (await alice.post("/bob/enc_keys", json=optional)).status_code == 200
 
 
-@pytest.mark.parametrize(
-    ("method", "path", "body", "status"),
-    [
+async def test_bad_requests(two: Any) -> None:
+    alice, _ = two
+    cases: list[tuple[str, str, bytes | None, int]] = [
         ("GET", "/bob/enc_keys?number=x", None, 400),
         ("GET", "/bob/enc_keys?number=1&number=2", None, 400),
         ("GET", "/bob/enc_keys?number=99999999999999999999", None, 400),
@@ -206,32 +201,28 @@ async def test_the_standards_own_words(two: Any) -> None:
         ("DELETE", "/bob/enc_keys", None, 405),
         ("GET", "/bob/nothing", None, 404),
         ("GET", "/", None, 404),
-    ],
-)
-async def test_bad_requests(two: Any, method: str, path: str, body: Any, status: int) -> None:
+    ]
+    for method, path, body, status in cases:
+        case = method, path, body
+        answer = await alice.request(method, path, content=body)
+        assert answer.status_code == status, case
+        assert isinstance(answer.json()["message"], str), case
+        assert (await alice.get("/bob/status")).status_code == 200, f"the server goes on: {case}"
+
+
+async def test_a_key_request_as_clients_write_it(two: Any) -> None:
     alice, _ = two
-    answer = await alice.request(method, path, content=body)
-    assert answer.status_code == status
-    assert isinstance(answer.json()["message"], str)
-    assert (await alice.get("/bob/status")).status_code == 200, "the server goes on"
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
+    for body in (
         b'{"number":1,"additional_slave_SAE_IDs":null,"size":null}',
         b'{"number":null,"size":256,"extension_mandatory":null,"extension_optional":null}',
         b'{"number":1.0}',
         b'\xef\xbb\xbf{"number":1}',
         b"{}",
         b"",
-    ],
-)
-async def test_a_key_request_as_clients_write_it(two: Any, body: bytes) -> None:
-    alice, _ = two
-    answer = await alice.post("/bob/enc_keys", content=body)
-    assert answer.status_code == 200, answer.text
-    assert len(answer.json()["keys"]) == 1
+    ):
+        answer = await alice.post("/bob/enc_keys", content=body)
+        assert answer.status_code == 200, (body, answer.text)
+        assert len(answer.json()["keys"]) == 1, body
 
 
 async def test_methods(two: Any) -> None:

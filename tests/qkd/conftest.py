@@ -1,6 +1,7 @@
-"""Two KMEs with certificates, in this process, on loopback."""
+"""Two KMEs with certificates, in this process, on loopback; and a PostgreSQL server."""
 
-from collections.abc import AsyncIterator, Callable
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from hybridkex.kme.serve import KmeServer, Serving
 from hybridkex.net.address import TcpAddress
 from hybridkex.qkd.etsi014.client import KmeAccess
 from hybridkex.qkd.store import write_key_file
+from interop.postgres import NoPostgres, PostgresServer
 
 
 @dataclass(frozen=True)
@@ -89,3 +91,21 @@ async def serving(config: ServeConfig) -> AsyncIterator[Serving]:
 def serve() -> Callable[[ServeConfig], AbstractAsyncContextManager[Serving]]:
     """``async with serve(config) as where``."""
     return serving
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """A running server with the role ``kme``, which is not a superuser."""
+    pytest.importorskip("psycopg")
+    with tempfile.TemporaryDirectory(prefix="hybridkex-") as name:
+        try:
+            # It would fill the planner's statistics at some moment, which one test wants empty.
+            server = PostgresServer(Path(name), autovacuum="off")
+        except NoPostgres as reason:
+            pytest.skip(str(reason))
+        server.start()
+        try:
+            server.make_role()
+            yield server
+        finally:
+            server.stop()

@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import trio
-from postgres_server import PostgresServer, postgres_server
 
 from hybridkex.errors import ConfigError, KeySourceError, KeySourceUnavailable
 from hybridkex.kme.config import PeerConfig, PostgresUrl, ServeConfig, load_config
@@ -21,13 +20,9 @@ from hybridkex.qkd.etsi014.client import KmeClient
 from hybridkex.qkd.etsi014.models import KeyRequest
 from hybridkex.secret import Secret
 from interop.ports import free_port
+from interop.postgres import PostgresServer
 
 Site = Any  # of conftest.py
-
-
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[PostgresServer]:
-    yield from postgres_server()
 
 
 def database(server: PostgresServer, schema: str) -> PostgresUrl:

@@ -2,14 +2,13 @@
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import trio
 import trio.testing
 from forked import Forkserver
-from postgres_server import PostgresServer, postgres_server
 from test_store_battery import SCHEMAS, block, key_id, keys, postgres_store
 from waiting import until
 
@@ -18,14 +17,10 @@ from hybridkex.errors import ConfigError, KeySourceUnavailable
 from hybridkex.qkd.sqlite_store import SqliteKeyStore
 from hybridkex.qkd.store import KeyStore, write_key_file
 from hybridkex.secret import Secret
+from interop.postgres import PostgresServer
 
 OLD, NEW, NEWER = (Secret(bytes([number]) * 32) for number in (1, 2, 3))
 Open = Callable[..., KeyStore]
-
-
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[PostgresServer]:
-    yield from postgres_server()
 
 
 @pytest.fixture(params=["sqlite", "postgres"])

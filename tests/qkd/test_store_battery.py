@@ -4,7 +4,7 @@ import itertools
 import signal
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +12,6 @@ from typing import Any, Final, LiteralString
 
 import pytest
 import trio
-from postgres_server import PostgresServer, postgres_server
 from waiting import trio_until
 
 from benchmarks.processes import cpu
@@ -34,14 +33,10 @@ from hybridkex.qkd.store import (
     Seal,
 )
 from hybridkex.secret import Secret
+from interop.postgres import PostgresServer
 
 SEAL = Secret(bytes(range(32)))
 SCHEMAS = itertools.count()
-
-
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[PostgresServer]:
-    yield from postgres_server()
 
 
 def postgres_store(server: PostgresServer, schema: str, **changes: Any) -> Any:
@@ -793,12 +788,12 @@ async def test_an_old_server_and_a_pooler_that_drops_the_settings_are_refused(
         check_session(connection, where)
 
 
-@pytest.fixture
-async def large(postgres: PostgresServer) -> "LargeStock":
+@pytest.fixture(scope="module")
+def large(postgres: PostgresServer) -> "LargeStock":
     """A stock of 20,000 keys and 10,000 promises that the statistics of the database's planner take
-    for empty."""
+    for empty. Each test works on what the one before it left."""
     large = LargeStock(postgres)
-    await large.fill()
+    trio.run(large.fill)
     return large
 
 

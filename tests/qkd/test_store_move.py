@@ -8,7 +8,6 @@ import shutil
 import signal
 import sqlite3
 import subprocess
-from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from typing import Any
 import pytest
 import trio
 from forked import Forkserver
-from postgres_server import PostgresServer, postgres_server
 from waiting import until
 
 from hybridkex.errors import ConfigError, KeyConsumed, KeySourceUnavailable
@@ -26,6 +24,7 @@ from hybridkex.qkd.sqlite_schema import ANY_LINK
 from hybridkex.qkd.sqlite_store import SqliteKeyStore
 from hybridkex.qkd.store import Allotment, read_key_file, write_key_file
 from hybridkex.secret import Secret
+from interop.postgres import PostgresServer
 
 Site = Any  # of conftest.py
 SEAL = Secret(bytes(range(32)))
@@ -46,16 +45,11 @@ limits = { max_key_count = 256 }
 """
 
 
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[PostgresServer]:
-    yield from postgres_server()
-
-
 @pytest.fixture
 def url(postgres: PostgresServer) -> Secret:
     import psycopg
 
-    schema = f"test_{next(SCHEMAS)}"
+    schema = f"move_{next(SCHEMAS)}"
     with psycopg.connect(postgres.url("public")) as connection:
         connection.execute(f"CREATE SCHEMA {schema}")
     return Secret(postgres.url(schema).encode())

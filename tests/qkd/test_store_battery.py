@@ -1030,9 +1030,12 @@ async def test_the_tables_of_version_1_are_converted(postgres: PostgresServer) -
 
 
 async def test_a_server_that_is_killed_and_comes_back(
-    postgres: PostgresServer, caplog: pytest.LogCaptureFixture
+    postgres: PostgresServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Under load; every key is given at most once, and what was given stays so."""
+    from hybridkex.qkd import postgres_store as module
+
+    monkeypatch.setattr(module, "WAIT_SECONDS", 1.0)
     store = postgres_store(postgres, f"test_{next(SCHEMAS)}")
     numbers = range(1, 201)
     await store.add("a", keys(*numbers))

@@ -71,7 +71,8 @@ async def fill(store: SqliteKeyStore, number: int) -> None:
     """On each link: free keys, and promised, delivered, void and spent ones."""
     for link in LINKS:
         for start in range(0, number, 1000):
-            await store.add(link, [(key_id(one), key(one)) for one in range(start, start + 1000)])
+            numbers = range(start, min(start + 1000, number))
+            await store.add(link, [(key_id(one), key(one)) for one in numbers])
         await store.accept(link, [block(one) for one in range(6)], master="m", slaves=["s", "t"])
         await store.collect(link, [key_id(0), key_id(1)], slave="s", master="m")
         await store.void(link, [key_id(2), key_id(9), key_id(number + 1)])
@@ -226,9 +227,9 @@ async def test_a_move_that_is_interrupted_at_each_step(
     from hybridkex.qkd.postgres_store import PostgresKeyStore
 
     path = tmp_path / "keys.db"
-    monkeypatch.setattr(SqliteKeyStore, "PAGE", 500)
+    monkeypatch.setattr(SqliteKeyStore, "PAGE", 50)
     source = SqliteKeyStore(path, SEAL)
-    await fill(source, 1000)
+    await fill(source, 100)
     await source.aclose()
     before = content(path)
     name, number = step.split()

@@ -14,9 +14,9 @@ as a wrong column, an output that is not connected, or a test pattern:
   detect a failure in a part of the block.
 
 Differences of uniform independent bits at a fixed distance are uniform and independent themselves.
-So each test but the last compares the number of heads of fair coins with the bounds of
-:mod:`hybridkex.link.statistics`, and all of them together refuse good bits with a probability of at
-most :data:`FALSE_ALARM`.
+So each test but the last compares the number of heads of fair coins with Hoeffding's inequality
+(:mod:`hybridkex.link.statistics`), and all of them together refuse good bits with a probability of
+at most :data:`FALSE_ALARM`.
 
 **Entangled pairs**: Alice measures bits that an untrusted source may have biased, and the
 uncertainty relation covers that. But a measured bit, or its sum with other bits, anticommutes with
@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybridkex.errors import NotRandom
-from hybridkex.link.statistics import mean_lower, mean_upper
+from hybridkex.link.statistics import divergence
 
 FALSE_ALARM: Final = 2.0**-40
 """An upper bound on the probability that a block of good bits is refused."""
@@ -140,10 +140,11 @@ def _coins(flips: NDArray[Any], total: int, what: str, bias: float = 0.0) -> Ite
 
 def _beyond(heads: int, total: int, failure: float, bias: float) -> bool:
     """Return whether this is improbable for coins whose bias is at most ``bias``."""
-    return (
-        mean_lower(heads, total, failure) > (0.5 + bias) * total
-        or mean_upper(heads, total, failure) < (0.5 - bias) * total
-    )
+    share = heads / total if total else 0.5
+    if abs(share - 0.5) <= bias:
+        return False
+    nearest = 0.5 + math.copysign(bias, share - 0.5)
+    return total * divergence(share, nearest) > -math.log(failure)
 
 
 def _has_run(true: NDArray[np.bool_], length: int) -> bool:

@@ -48,7 +48,7 @@ def _deviance(x: float, mean: float) -> float:
     return v * (x - mean + 2.0 * x * w * series)
 
 
-def _divergence(x: float, p: float) -> float:
+def divergence(x: float, p: float) -> float:
     """D(x || p) in nats, for 0 < p < 1."""
     return _deviance(x, p) + _deviance(1.0 - x, 1.0 - p)
 
@@ -99,7 +99,7 @@ def upper_of_mean(seen: float, total: float, nats: float) -> float:
     guess = _first_guess(x, goal, 1.0)
     p = guess if guess > x else p
     for _ in range(STEPS):  # D is convex: Newton's method comes down to the root, never below it
-        step = (_divergence(x, p) - goal) / ((p - x) / (p * (1.0 - p)))
+        step = (divergence(x, p) - goal) / ((p - x) / (p * (1.0 - p)))
         p -= step
         if abs(step) <= CLOSE * (p - x):
             break
@@ -123,7 +123,7 @@ def lower_of_mean(seen: float, total: float, nats: float) -> float:
     for _ in range(STEPS):  # D is convex in t = ln p, and falls: Newton's method comes up to it
         p = math.exp(t)
         slope = (x - p) / (1.0 - p)
-        step = (_divergence(x, p) - goal) / slope if p < x else 0.0
+        step = (divergence(x, p) - goal) / slope if p < x else 0.0
         t += step
         if abs(step) <= CLOSE * slope:
             break
@@ -139,7 +139,7 @@ def trials_upper(heads: float, failure: float) -> float:
     goal = math.log(1.0 / probability("failure", failure))
     n = 2.0 * heads + 2.0 * goal + 2.0 * math.sqrt(goal * (goal + 2.0 * heads)) + 1.0
     for _ in range(STEPS):  # n D grows with n and is convex: Newton's method comes down to the root
-        step = (n * _divergence(heads / n, 0.5) - goal) / math.log(2.0 * (1.0 - heads / n))
+        step = (n * divergence(heads / n, 0.5) - goal) / math.log(2.0 * (1.0 - heads / n))
         n -= step
         if step <= SAFETY * n:
             break

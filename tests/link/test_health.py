@@ -25,6 +25,7 @@ from hybridkex.link.quantum import sample
 from hybridkex.link.randomness import Randomness
 from hybridkex.link.settings import LinkSettings
 from hybridkex.link.simulated import SimulatedLink, stream_pair
+from hybridkex.link.statistics import mean_lower, mean_upper
 from hybridkex.secret import Secret
 
 Bits = NDArray[np.uint8]
@@ -155,6 +156,20 @@ def test_good_bits_pass(rows: int) -> None:
         bit, basis, intensity, pulse = random_block(draw, rows)
         check_chosen(bit, basis, intensity, pulse)
         check_measured(bit, 1e-4)
+
+
+def test_improbable_is_what_the_bounds_on_the_mean_exclude() -> None:
+    draw = np.random.default_rng(4)
+    seen = [0, 0]
+    for _ in range(500):
+        total, bias = int(10 ** draw.uniform(0, 6)), float(draw.choice([0.0, 0.01, 0.3, 0.5]))
+        heads = int(draw.binomial(total, draw.choice([0.0, 0.4, 0.49, 0.5, 0.52, 0.9, 1.0])))
+        least, most = (mean(heads, total, 1e-6) / total - 0.5 for mean in (mean_lower, mean_upper))
+        improbable = health._beyond(heads, total, 1e-6, bias)
+        assert improbable == (least > bias or most < -bias), (heads, total, bias)
+        seen[improbable] += 1
+    assert min(seen) > 50
+    assert not health._beyond(0, 0, 1e-6, 0.0)
 
 
 def test_false_alarms_are_no_more_than_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

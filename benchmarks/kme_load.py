@@ -21,7 +21,7 @@ from typing import Any
 
 import trio
 
-from benchmarks.kme_pairs import CLIENTS, Load, exchange, pair
+from benchmarks.kme_pairs import CLIENTS, Load, exchange, pair, wait_until_idle
 from benchmarks.processes import cpu, program, until
 from benchmarks.results import Options, Row, in_turns
 from hybridkex.qkd.postgres_store import PostgresKeyStore
@@ -160,7 +160,7 @@ def measure(store: str, processes: int, work: Work, seconds: float) -> Run:
         pids = [one.pid for site in sites.sites.values() for one in site.processes]
         where = {kme: f"https://127.0.0.1:{site.port}" for kme, site in sites.sites.items()}
         _wait_for_all(folder, where)
-        _wait_until_idle(pids)
+        wait_until_idle(pids, seconds)
         load = Clients(folder, where, seconds, work.kind)
         load.query = f"?size={work.bits}" if long else ""
         before = sum(map(cpu, pids)), _database_cpu(databases)
@@ -195,14 +195,6 @@ def _wait_for_all(folder: Path, where: dict[str, str]) -> None:
         return True
 
     until(serve, seconds=60)
-
-
-def _wait_until_idle(pids: list[int]) -> None:
-    used = sum(map(cpu, pids))
-    time.sleep(1.0)
-    while (now := sum(map(cpu, pids))) - used > 0.1:
-        used = now
-        time.sleep(1.0)
 
 
 def run(options: Options) -> Iterator[Row]:

@@ -25,7 +25,7 @@ from pathlib import Path
 from benchmarks.processes import COMMAND, cpu
 from benchmarks.results import OURS, Curve, Options, Row
 
-__all__ = ["run"]
+__all__ = ["CLIENTS", "Load", "exchange", "pair", "run", "wait_until_idle"]
 
 CLIENTS = 8
 THIS = Path(__file__).resolve().parent.parent
@@ -196,7 +196,7 @@ def measure(code: Path, prepared: Path, clients: int, seconds: float) -> Run:
                 assert server.stdout is not None
                 lines = [server.stdout.readline().split() for _ in range(2)]
                 start = time.perf_counter() - began
-                _wait_until_idle(server.pid)  # the two ends compare their stocks
+                wait_until_idle([server.pid], seconds)  # the two ends compare their stocks
                 load = Load(folder, {line[0]: line[-1] for line in lines}, seconds)
                 before = cpu(server.pid)
                 took = load.run(clients)
@@ -213,12 +213,14 @@ def measure(code: Path, prepared: Path, clients: int, seconds: float) -> Run:
     )
 
 
-def _wait_until_idle(pid: int) -> None:
-    used = cpu(pid)
-    time.sleep(0.5)
-    while (now := cpu(pid)) - used > 0.05:
+def wait_until_idle(pids: list[int], seconds: float) -> None:
+    """Until processes hardly use processor time. ``seconds``: those of a run."""
+    pause = min(0.5, seconds / 2)
+    used = sum(map(cpu, pids))
+    time.sleep(pause)
+    while (now := sum(map(cpu, pids))) - used > 0.1 * pause:
         used = now
-        time.sleep(0.5)
+        time.sleep(pause)
 
 
 def run(options: Options) -> Iterator[Row | Curve]:

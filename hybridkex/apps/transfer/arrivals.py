@@ -1,9 +1,9 @@
 """Storing complete files: a group of files is flushed, then named, then flushed again.
 
-A file gets its name when its data are on disk, and is reported as stored when its name is on disk,
-too. Both flushes are shared by a group of files (:mod:`~hybridkex.apps.transfer.durable`). Small
-files wait in a folder that belongs to this group alone and is locked, so that what a killed process
-leaves there can be removed.
+A file is renamed to its final name once its data are on disk, and is reported as stored once that
+name is on disk, too. Both flushes are shared by a group of files
+(:mod:`~hybridkex.apps.transfer.durable`). Small files wait in a folder that belongs to this group
+alone and is locked, so that what a killed process leaves there can be removed.
 """
 
 import contextlib
@@ -26,15 +26,15 @@ from hybridkex.apps.transfer.names import PARTIAL, WORK, shown
 from hybridkex.apps.transfer.part import OPEN_FILE, Ready, close_file, limit_mode, set_date
 
 _FEW: Final = 8
-"""Files, or folders, that are flushed one by one: a flush of the whole file system waits for what
-other programs have written too."""
+"""Up to so many files or folders are flushed individually: a flush of the whole file system also
+waits for what other programs have written."""
 _MOST: Final = 1024
-"""Files and folders in a group."""
+"""The maximum number of files and folders in a group."""
 _MOST_OPEN: Final = 32
-"""Large files in a group, which stay open and locked until they have their names, as far as the
-process has descriptors for them."""
+"""The maximum number of large files in a group. They stay open and locked until they are renamed;
+there are fewer where the process lacks descriptors."""
 _LONGEST: Final = 0.5
-"""Seconds that a file may wait for others."""
+"""The maximum time in seconds that a file waits for others."""
 _TRIES: Final = 3
 _PIECE: Final = 1 << 20
 """Bytes to compare at once."""
@@ -64,8 +64,8 @@ class Arrivals:
         self._ready: list[Ready] = []
         self._made: list[Offer] = []
         self._touched: dict[tuple[str, ...], None] = {}
-        """Folders that are new, or have new entries: the name of a folder is in another one, and is
-        lost without what the folder itself has (ext2)."""
+        """Folders that are new or have new entries. A new folder and its parent are both flushed:
+        the parent holds its name, and on ext2 a flush of one does not include the other."""
         self._open = 0
         self._places = 0
         """The open files that count towards the limit of the folder."""
@@ -95,11 +95,12 @@ class Arrivals:
         self.add_touched([offer.path[:-1], offer.path])
 
     def add_touched(self, folders: list[tuple[str, ...]]) -> None:
-        """Take the paths of folders that are new or have new entries, to be flushed too."""
+        """Add the paths of folders that are new or have new entries, to flush them with the
+        group."""
         self._touched.update(dict.fromkeys(folders))
 
     def add(self, ready: Ready) -> None:
-        """Take a file that was written elsewhere. It is closed with the group."""
+        """Add a file that was written elsewhere. It is closed when the group is settled."""
         self._begin()
         self._ready.append(ready)
         self._open += 1
@@ -124,7 +125,7 @@ class Arrivals:
                 self._make_work(handles)
             self._count += 1
             name = str(self._count)
-            # Never readable for more users than later, not even now.
+            # Never readable by more users than the finished file.
             mode = offer.mode & 0o777 & ~self._folder.umask
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | OPEN_FILE
             file = os.open(name, flags, mode, dir_fd=self._work)
@@ -172,7 +173,7 @@ class Arrivals:
             raise FileNotFoundError
 
     def settle(self) -> list[Settled]:
-        """Flush everything, give the files their names, and say what became of each."""
+        """Flush the files, rename them to their final names, and return the outcome of each."""
         ready, made, touched = self._ready, self._made, self._touched
         self._ready, self._made, self._touched = [], [], {}
         settled: list[Settled] = []
@@ -209,7 +210,7 @@ class Arrivals:
         return settled + durable
 
     def _flush_files(self, ready: list[Ready], handles: Handles) -> OSError | None:
-        """Flush the data of many files at once. Returns the error of the disk, which may be that of
+        """Flush the data of many files at once. Returns an error of the disk, which may concern
         another program's file."""
         disk = self._disk(ready, handles) if len(ready) > _FEW else None
         if disk is None:
@@ -224,11 +225,11 @@ class Arrivals:
         return None
 
     def _disk(self, ready: list[Ready], handles: Handles) -> int | None:
-        """A descriptor with which to flush the whole file system; ``None`` if files are flushed one
-        by one.
+        """Return a descriptor for flushing the whole file system; ``None`` if files are flushed
+        individually.
 
         It was opened before the small files were written: a flush reports the errors since its
-        descriptor was opened, and older ones only if nobody has seen them.
+        descriptor was opened, and older ones only if no program has seen them.
         """
         if self._work >= 0:  # as it was decided when they were written
             return self._work if self._flush_all else None
@@ -236,8 +237,8 @@ class Arrivals:
         return disk if has_flush_all(disk) else None
 
     def _add_above(self, touched: dict[tuple[str, ...], None]) -> None:
-        """Add the places of folders above that may not be on disk, such as those of a connection
-        that broke."""
+        """Add parent folders whose names may not be on disk, such as those of a broken
+        connection."""
         for path in list(touched):
             for depth in range(len(path)):
                 if path[: depth + 1] in self._folder.names:
@@ -255,7 +256,7 @@ class Arrivals:
             flush_all(disk)
             return
         if named and is_fat(handles.get(())):
-            # The former names, too: a check of the disk would empty one of two with the same place.
+            # The old names, too: of two names of the same disk blocks, fsck would empty one.
             folders += {one.where[:-1]: None for one in named}
             for one in handles.each(named):
                 *parent, name = one.offer.path
@@ -268,7 +269,7 @@ class Arrivals:
             flush(handles.get(path))
 
     def _name(self, ready: Ready, handles: Handles) -> How:
-        """Give a complete file its name; the same content under this name is as good.
+        """Rename a complete file to its final name, unless that name has the same content already.
 
         Raises ``NotStored`` or ``OSError``.
         """
@@ -293,8 +294,7 @@ class Arrivals:
 
     def _take_back(self, named: list[Ready], handles: Handles) -> None:
         """Remove names that may not be on disk: a later receiver would take them for stored files.
-
-        What has replaced a file stays: its data are on disk, and the old file is gone.
+        A file that replaced another one stays: its data are on disk, and the old file is gone.
         """
         with self._folder.names.lock:
             for one in handles.each(named):
@@ -328,10 +328,10 @@ class Arrivals:
 def _flush_file(one: Ready, group_error: OSError | None, handles: Handles) -> None:
     """Flush a file that is still open.
 
-    A large one is flushed by itself, too: it was written to before its group began, and its own
+    A large file is also flushed individually: it was written to before its group began, and its own
     descriptor reports the errors since then. After an error of the group, flushing each file would
-    not tell: the kernel reports an error once, and takes what it could not write for written. For
-    this reason an incomplete file is removed: the next attempt starts from zero.
+    not find the damaged one: the kernel reports an error once, and then treats the data as written.
+    Therefore an incomplete file is removed, and the next attempt starts from zero.
 
     Raises ``OSError``.
     """
@@ -351,12 +351,12 @@ def _flush_file(one: Ready, group_error: OSError | None, handles: Handles) -> No
 
 
 def _check_in_place(ready: Ready, handles: Handles) -> int:
-    """The folder that the file is in.
+    """Return the folder of a file whose name still refers to it.
 
-    A name is what gets moved: it must be that of the file that was verified, not of one that
-    another program, such as a second transfer, has put in its place.
+    A rename moves whatever has the name; another program, such as a second transfer, may have
+    replaced the verified file.
 
-    Raises ``NotStored``: it is another file, or none.
+    Raises ``NotStored``: the file was removed or replaced.
     """
     try:
         parent = handles.get(ready.where[:-1])
@@ -416,9 +416,9 @@ def _rename_new(name: str, source: int, path: tuple[str, ...], target: int) -> b
     except FileExistsError:
         return False
     except OSError:
-        # A file system without hard links (FAT, FUSE, some network shares), whatever it calls that:
-        # check, then rename, which fails for every other reason too. A file created under the name
-        # in between is replaced.
+        # Probably a file system without hard links (FAT, FUSE, some network shares), whose errors
+        # differ. Check, then rename, which reports any other error. A file that is created under
+        # the name in between is replaced.
         try:
             os.stat(path[-1], dir_fd=target, follow_symlinks=False)
         except FileNotFoundError:

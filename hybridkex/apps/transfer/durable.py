@@ -1,8 +1,8 @@
 """Flushing written data to the disk: file by file, or the whole file system at once.
 
 One flush of a file system (syncfs(2)) costs about as much as that of one file (fsync(2)), so a
-group of small files shares one. It is used only where it is as good as fsync: on file systems whose
-syncfs writes everything out, and with a kernel that reports errors of that writing (Linux 5.8).
+group of small files shares one. It is used only where it is as reliable as fsync: on file systems
+whose syncfs writes everything out, and with a kernel that reports its write errors (Linux 5.8).
 Elsewhere, as on FUSE and network shares, each file is flushed.
 """
 
@@ -49,12 +49,12 @@ def flush(file: int) -> None:
 
 
 def has_flush_all(file: int) -> bool:
-    """Whether :func:`flush_all` is as good as :func:`flush` on this file's file system."""
+    """Whether :func:`flush_all` is as reliable as :func:`flush` on this file's file system."""
     return _syncfs() is not None and _kind(file) in _KINDS
 
 
 def flush_all(file: int) -> None:
-    """Flush everything that was written to a file's file system, by whomever.
+    """Flush everything that any program has written to a file's file system.
 
     Raises:
         OSError: the disk failed, for this or for another file.
@@ -68,13 +68,13 @@ def flush_all(file: int) -> None:
 
 
 def is_fat(file: int) -> bool:
-    """Whether names hold the size and the place of their files, as on FAT: there a file that has
-    been renamed must be flushed once more, or a loss of power leaves it empty."""
+    """Whether directory entries hold the size and the location of files, as on FAT: a renamed file
+    must be flushed again there, or a power failure leaves it empty."""
     return _kind(file) == _FAT
 
 
 def start_flush(file: int, offset: int, length: int) -> None:
-    """Let the disk begin with what was written to a file, so that :func:`flush` waits less.
+    """Start writing a part of a file to the disk, so that :func:`flush` waits less.
 
     Errors are reported by :func:`flush`.
     """
@@ -86,7 +86,7 @@ def start_flush(file: int, offset: int, length: int) -> None:
 def drop_cached(file: int) -> None:
     """Let the next reads of a file come from the disk, as far as it has been written.
 
-    A receiver that was killed may have left data that the disk failed to take: they are still in
+    A receiver that was killed may have left data that the disk failed to write: they are still in
     memory, and the kernel does not report the error again.
     """
     if hasattr(os, "posix_fadvise"):
@@ -104,7 +104,7 @@ def _library() -> ctypes.CDLL | None:
 
 @cache
 def _syncfs() -> Callable[[int], int] | None:
-    """The C library's function, where the kernel reports errors of the writing."""
+    """syncfs(2) of the C library; ``None`` where the kernel does not report its write errors."""
     release = re.match(r"(\d+)\.(\d+)", os.uname().release)
     if sys.platform != "linux" or release is None:
         return None
@@ -115,7 +115,7 @@ def _syncfs() -> Callable[[int], int] | None:
 
 
 def _kind(file: int) -> int:
-    """``f_type`` of statfs(2), which Python does not have: the first field; 0 if unknown."""
+    """``f_type`` of statfs(2), its first field, which Python does not offer; 0 if unknown."""
     result = (ctypes.c_long * 64)()
     fstatfs = getattr(_library(), "fstatfs", None)
     if fstatfs is None or fstatfs(file, result):

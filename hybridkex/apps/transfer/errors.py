@@ -12,10 +12,10 @@ _WORDS: Final = {
     errno.EACCES: "permission denied",
     errno.EPERM: "not permitted",
     errno.EROFS: "the file system is read-only",
-    errno.ELOOP: "a symbolic link is in the way",
+    errno.ELOOP: "the path contains a symbolic link",
     errno.ENOTDIR: "something that is not a folder has this name",
     errno.EEXIST: "something else has this name",
-    errno.EISDIR: "a folder is in the way",
+    errno.EISDIR: "a folder has this name",
     errno.ENAMETOOLONG: "the file system does not accept a name or path of this length",
     errno.EILSEQ: "the file system does not accept the bytes of this name",
     errno.EINVAL: "the file system does not accept this name or value",
@@ -32,7 +32,7 @@ _WORDS: Final = {
 
 
 class NotStored(HybridkexError):
-    """The receiver cannot or must not store a file; the text is for people."""
+    """The receiver cannot or must not store a file; the message is for the user."""
 
 
 def why(error: OSError, doing: str) -> str:

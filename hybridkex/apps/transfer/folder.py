@@ -109,9 +109,10 @@ class UnsettledNames:
         return path in self._groups
 
     def give(self, group: object, path: tuple[str, ...], rename: Callable[[], bool | None]) -> bool:
-        """Give a file its name, for a group. ``rename`` returns False, or raises, if it did not.
+        """Rename a file to its final name, on behalf of a group. ``rename`` returns False, or
+        raises, if it did not rename the file.
 
-        Returns whether it did.
+        Returns whether it was renamed.
         """
         with self.lock:
             before = self._groups.get(path)
@@ -127,7 +128,7 @@ class UnsettledNames:
         return given
 
     def take_over(self, group: object, path: tuple[str, ...]) -> bool:
-        """Have a name settled by this group, too. Returns False if it is on disk."""
+        """Let this group settle a name, too. Returns False if the name is on disk."""
         with self.lock:
             if path not in self._groups:
                 return False
@@ -135,7 +136,7 @@ class UnsettledNames:
             return True
 
     def settle(self, group: object, paths: Iterable[tuple[str, ...]]) -> None:
-        """These names are on disk, as far as they are still those of the group."""
+        """Forget these names, which are on disk, unless another group has taken them over."""
         with self.lock:
             for path in paths:
                 if self._groups.get(path) is group:
@@ -172,8 +173,8 @@ class Folder:
         return Handles(self._path)
 
     def close(self) -> None:
-        """Remove files that faults left without a name, and their folder if it is empty and all
-        names are on disk."""
+        """Remove files that faults left without a final name, and their folder if it is empty and
+        all names are on disk."""
         self._remove_abandoned()
         with contextlib.suppress(OSError, FolderGone), self.open() as handles:
             if len(self.names):
@@ -181,8 +182,8 @@ class Folder:
             os.rmdir(PARTIAL, dir_fd=handles.get(()))
 
     def _remove_abandoned(self) -> None:
-        """Remove what a killed receiver, or a fault, has left: small files without a name, empty
-        incomplete files, and second names of files that are stored."""
+        """Remove what a killed receiver, or a fault, has left: small files without a final name,
+        empty incomplete files, and second names of stored files."""
         with contextlib.suppress(OSError, FolderGone), self.open() as handles:
             parent = handles.get((PARTIAL,))
             for name in os.listdir(parent):
@@ -203,9 +204,7 @@ class Folder:
             there = _status(path, handles)
             if there is not None:
                 if not stat.S_ISREG(there.st_mode):
-                    raise NotStored(
-                        f"{shown(path)}: there is something of this name that is not a file"
-                    )
+                    raise NotStored(f"{shown(path)}: something that is not a file has this name")
                 if path in self.names:
                     there = None
                 elif there.st_size != offer.size:
@@ -321,8 +320,9 @@ def _status(path: tuple[str, ...], handles: Handles) -> os.stat_result | None:
 
 
 def _flush_named(partial: int, path: str | os.PathLike[str]) -> None:
-    """Flush what a killed receiver may have named: it has not removed the folder for incomplete
-    files. Raises ``ConfigError``: the disk failed, which the kernel reports once."""
+    """Flush names that a killed receiver may have given: the folder for incomplete files, which an
+    orderly shutdown removes, is still there. Raises ``ConfigError``: the disk failed, which the
+    kernel reports once."""
     try:
         flush_all(partial)
     except OSError as error:
@@ -334,7 +334,7 @@ def _flush_named(partial: int, path: str | os.PathLike[str]) -> None:
 
 
 def _remove_needless(name: str, parent: int) -> None:
-    """Remove an incomplete file that is empty, or has its name already. Raises ``OSError``."""
+    """Remove an incomplete file that is empty or has its final name already. Raises ``OSError``."""
     file = os.open(name, os.O_RDONLY | OPEN_FILE, dir_fd=parent)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -53,7 +53,7 @@ class Frames:
             await self.stream.send_all(frames)
 
     async def receive(self) -> Received | None:
-        """The next message, or the next piece of data; ``None`` at the end of the stream.
+        """Return the next message or piece of data; ``None`` at the end of the stream.
 
         A piece is whatever the stream returned, not a whole frame: reassembling frames would only
         add copies.
@@ -67,8 +67,8 @@ class Frames:
         return self._received.popleft()
 
     async def receive_all(self) -> list[Received]:
-        """All that has arrived, at least one; empty at the end of the stream. Raises as
-        :meth:`receive`."""
+        """Return all messages and data that have arrived, at least one; empty at the end of the
+        stream. Raises as :meth:`receive`."""
         if not self._received and not await self._read():
             return []
         received = list(self._received)
@@ -76,7 +76,7 @@ class Frames:
         return received
 
     async def _read(self) -> bool:
-        """Read until there is something; false at the end of the stream."""
+        """Read until a message or data has arrived; false at the end of the stream."""
         while not self._received:
             if self._failure is not None:
                 raise self._failure
@@ -87,7 +87,7 @@ class Frames:
                 return False
             try:
                 self._parse(memoryview(data))
-            except wire.ProtocolError as error:  # after what came before it
+            except wire.ProtocolError as error:  # raised after the messages before it
                 self._failure = error
         return True
 

@@ -53,7 +53,7 @@ def _check_ours(folder: int) -> None:
 
 
 def _owner_of_new(folder: int) -> int:
-    """The owner of what we create in a folder: another user on some network shares, and where the
+    """The owner of new files in a folder. It is another user on some network shares, and where the
     owner is an option of mount(8)."""
     name = f".{secrets.token_hex(8)}"
     os.mkdir(name, stat.S_IRWXU, dir_fd=folder)
@@ -72,7 +72,7 @@ class Handles:
         self._open: dict[tuple[str, ...], int] = {}
         self._free: int | None = -1
         self.made: list[tuple[str, ...]] = []
-        """Paths of the folders that were made, and of those that they were made in."""
+        """Paths of the folders that were created, and of their parents."""
 
     def __enter__(self) -> "Handles":
         return self
@@ -93,7 +93,8 @@ class Handles:
                 self._close()
 
     def get(self, path: tuple[str, ...], *, make: bool = False) -> int:
-        """The handle of a folder, which stays ours: valid until the next item of :meth:`each`.
+        """Return the handle of a folder, valid until the next item of :meth:`each`. Do not close
+        it.
 
         Args:
             path: of the folder; empty for the receiving folder.
@@ -102,8 +103,8 @@ class Handles:
         Raises:
             FolderGone: the receiving folder does not exist.
             FileNotFoundError: a folder does not exist.
-            OSError: a link or something else is in the way, or may not be entered; the folder for
-                incomplete files is another user's.
+            OSError: a part of the path is a link or not a folder, or access is denied; the folder
+            for incomplete files belongs to another user.
         """
         found = self._open.get(path)
         if found is not None:
@@ -154,6 +155,6 @@ class Handles:
                 raise
         with contextlib.suppress(FileExistsError):
             os.mkdir(path[-1], stat.S_IRWXU, dir_fd=here)
-        if path[0] != PARTIAL:  # of which nothing must be on disk
+        if path[0] != PARTIAL:  # which need not be on disk
             self.made += path[:-1], path
         return open_folder(path[-1], here)

@@ -58,7 +58,7 @@ class Offer(NamedTuple):
     """A file or a folder; ``n`` is its number in later messages.
 
     ``mode`` has the permission bits of chmod(2); the receiver takes the lower nine. ``checksum``:
-    compare a file that is there by its content, even if its size and date are the same.
+    compare an existing file by its content, even if its size and date are the same.
     """
 
     n: int
@@ -215,7 +215,7 @@ Message: TypeAlias = (
 )
 
 _TYPES: Final[dict[int, type[Message]]] = dict(enumerate(get_args(Message), 1))
-"""The type on the wire is the place in :data:`Message`."""
+"""The type on the wire is the position in :data:`Message`."""
 _CODES: Final = {kind: code for code, kind in _TYPES.items()}
 _HINTS: Final = {kind: get_type_hints(kind) for kind in _TYPES.values()}
 
@@ -324,7 +324,7 @@ def _whole(body: bytes | bytearray | memoryview) -> Whole:
         raise ProtocolError("Whole: too short")
     n = int.from_bytes(body[:8])
     if n >= _MOST:
-        raise ProtocolError("Whole: a number that is too large")
+        raise ProtocolError("Whole: the number is too large")
     return Whole(n, bytes(body[8:start]), body[start:])
 
 

@@ -45,7 +45,7 @@ class Prefix:
 
 @dataclass(kw_only=True, slots=True)
 class Ready:
-    """A complete file, verified, with its mode and date, that has yet to get its name.
+    """A complete, verified file with its mode and date, which does not have its final name yet.
 
     Args:
         where: its path below the receiving folder.
@@ -69,8 +69,8 @@ class Ready:
 
 
 def close_file(file: int) -> None:
-    """Close a file. An error of that (FUSE, network shares) is one of writing: a flush tells it, or
-    nobody relies on the file."""
+    """Close a file. An error of close(2) (FUSE, network shares) is a write error: a flush has
+    reported it, or nobody relies on the file."""
     with contextlib.suppress(OSError):
         os.close(file)
 
@@ -183,7 +183,9 @@ def _lock(file: int, name: str, parent: int, offer: Offer) -> None:
 def _prepare(file: int, parent: int, offer: Offer, prefix: Prefix | None) -> None:
     status = os.fstat(file)
     if not stat.S_ISREG(status.st_mode):
-        raise NotStored(f"{shown(offer.path)}: something that is not a file is in the way")
+        raise NotStored(
+            f"{shown(offer.path)}: something that is not a file has the name of the incomplete file"
+        )
     # Another transfer of the same name may have written to it since the comparison.
     if prefix is not None and stamp(status) != prefix.stamp:
         raise NotStored(f"{shown(offer.path)}: another transfer has changed it; send it again")
@@ -205,10 +207,10 @@ class PartFile:
         self._file = file
         self._digest = digest
         self._flushing = offset
-        """So many bytes are on their way to the disk."""
+        """The number of bytes that the disk has begun to write."""
 
     def write(self, pieces: Sequence[memoryview | bytearray]) -> None:
-        """Append. Raises ``NotStored``: the disk is full, and the like."""
+        """Append data. Raises ``NotStored``: the data cannot be written."""
         self._on_file(lambda file: self._append(file, pieces))
 
     def _append(self, file: int, pieces: Sequence[memoryview | bytearray]) -> None:
@@ -257,7 +259,7 @@ class PartFile:
             raise NotStored(f"{shown(self.offer.path)}: {why(error, 'write it')}") from None
 
     def close(self) -> None:
-        """Close it incomplete; it is kept for the next attempt."""
+        """Close the incomplete file, which is kept for the next attempt."""
         if self._file >= 0:
             close_file(self._file)
             self._file = -1

@@ -5,8 +5,8 @@ from typing import Protocol
 
 
 class File(Protocol):
-    """A file of a transfer. All reports of it have the same object: two files may be shown under
-    the same name."""
+    """A file of a transfer. All reports of a file pass the same object, since two files may be
+    shown under the same name."""
 
     @property
     def path(self) -> tuple[str, ...]:

@@ -1,5 +1,5 @@
-"""The receiving side of a connection: one task reads, one hands what was read to a worker thread
-and sends the answers, so that network and disk work at the same time."""
+"""The receiving side of a connection: one task reads, another one passes the data to a worker
+thread and sends the answers, so that network and disk work at the same time."""
 
 import contextlib
 import logging
@@ -28,13 +28,13 @@ _HELLO_WITHIN: Final = 30.0
 _AHEAD: Final = 2 << 20
 """Bytes to read ahead of the disk."""
 _STEPS: Final = 40
-"""The maximum number of connections with parallel disk work,"""
+"""The maximum number of connections whose disk work runs in parallel."""
 _FEWEST_STEPS: Final = 4
-"""or fewer, with a low limit on open files;"""
+"""The minimum of that number, under a low limit of open files."""
 _STEP: Final = 16
-"""and the number of folders that each of them has open."""
+"""Folders that each of these connections has open."""
 _MESSAGE: Final = 1 << 10
-"""Bytes that a message counts, beside its content."""
+"""Bytes counted for a message, in addition to its content."""
 
 
 class Receiver:
@@ -138,14 +138,14 @@ class _Conversation:
         """
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._say_that_we_are_there)
+                nursery.start_soon(self._send_alive)
                 nursery.start_soon(self._read)
                 await self._work()
                 nursery.cancel_scope.cancel()
         except BaseExceptionGroup as group:
             raise first_failure(group) from None
 
-    async def _say_that_we_are_there(self) -> None:
+    async def _send_alive(self) -> None:
         """Send a periodic message, so that a slow disk does not look like a vanished receiver."""
         while True:
             await trio.sleep(wire.BEAT)

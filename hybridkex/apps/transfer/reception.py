@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from hybridkex.apps.transfer.handles import Handles
 
 _COPIED: Final = 1 << 14
-"""Bytes; a piece of fewer is copied."""
+"""A piece with fewer bytes is copied."""
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Answers:
 
 @dataclass(slots=True)
 class _Offered:
-    """A file that has been offered and not begun."""
+    """A file that was offered and has not begun."""
 
     offer: wire.Offer
     present: Present
@@ -161,7 +161,7 @@ class Reception:
             self._report(self._progress.stored, small)
 
     def hash_ahead(self, interrupted: Callable[[], object]) -> None:
-        """Hash files that are there, while the sender does the same, until interrupted."""
+        """Hash existing files while the sender hashes its own, until interrupted."""
         with self._folder.open() as handles:
             for n in handles.each(list(self._to_hash)):
                 if interrupted():
@@ -222,10 +222,10 @@ class Reception:
 
     def _offered(self, offers: wire.Offers, handles: "Handles") -> None:
         if len(self._offers) + len(self._arrivals) + len(offers.entries) > wire.WINDOW:
-            raise wire.ProtocolError("too many offers")
+            raise wire.ProtocolError("the sender made too many offers")
         for offer in handles.each(offers.each()):
             if offer.n in self._offers:
-                raise wire.ProtocolError("two offers have the same number")
+                raise wire.ProtocolError("the sender made two offers with the same number")
             try:
                 self._look(offer, handles)
             except (NotStored, UnsafeName) as error:
@@ -256,12 +256,12 @@ class Reception:
             offered.hashed = True
 
     def _compare(self, digest: wire.Digest, handles: "Handles") -> None:
-        """Compare the one digest of each offer, over as many bytes as we have: a sender that could
-        choose the length could learn another sender's file byte by byte."""
+        """Compare digests. An offer has one digest, over as many bytes as we have: a sender that
+        could choose the length could learn another sender's file byte by byte."""
         n = digest.n
         offered = self._offers.get(n)
         if offered is None or offered.compared:
-            raise wire.ProtocolError("a digest that was not requested")
+            raise wire.ProtocolError("the sender sent a digest that was not requested")
         self._to_hash.pop(n, None)
         try:
             self._hash(offered, handles)
@@ -283,16 +283,16 @@ class Reception:
     def _take_begun(self, n: int) -> _Offered:
         """The offer of a file that begins."""
         if self._current is not None:
-            raise wire.ProtocolError("a file begins before the previous one has ended")
+            raise wire.ProtocolError("the sender began a file before the end of the previous one")
         offered = self._forget(n)
         if offered is None or not offered.compared:
-            raise wire.ProtocolError(f"the sender begins file {n}, which was not requested")
+            raise wire.ProtocolError(f"the sender began file {n}, which was not requested")
         return offered
 
     def _whole(self, whole: wire.Whole, handles: "Handles") -> None:
         offer = self._take_begun(whole.n).offer
         if len(whole.content) != offer.size:
-            raise wire.ProtocolError("more or less data than the file has")
+            raise wire.ProtocolError("the sender sent a file of another size than it had offered")
         try:
             self._arrivals.write(offer, whole, handles)
         except NotStored as error:
@@ -313,12 +313,12 @@ class Reception:
     def _data(self, piece: memoryview) -> None:
         current = self._current
         if current is None:
-            raise wire.ProtocolError("data outside a file")
+            raise wire.ProtocolError("the sender sent data outside a file")
         if current.part is None:
             return
         current.gather(piece)
         if current.part.size + current.gathered > current.part.offer.size:
-            raise wire.ProtocolError("more data than the file has")
+            raise wire.ProtocolError("the sender sent more data than the file has")
         if current.gathered >= wire.CHUNK:
             self._write(current)
 
@@ -343,7 +343,7 @@ class Reception:
     def _end(self, end: wire.End, handles: "Handles") -> None:
         current = self._current
         if current is None or current.n != end.n:
-            raise wire.ProtocolError("the end of a file that had not begun")
+            raise wire.ProtocolError("the sender ended a file that had not begun")
         self._write(current)
         if (part := current.part) is not None:
             try:

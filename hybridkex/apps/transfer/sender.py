@@ -45,9 +45,9 @@ Connect = Callable[[], Awaitable[SecureStream[Any]]]
 PATIENCE: Final = 600.0
 """Seconds that a receiver may be alive without progress, by default."""
 _HASHED: Final = 4e6
-"""Bytes that the slowest disk reads, hashes and flushes in a second."""
+"""Bytes per second that even a slow receiver reads, hashes and flushes."""
 _LOOKS: Final = 16
-"""Checks for progress within the time that a receiver has to make some."""
+"""Checks for progress in the time that a receiver has for it."""
 _BUFFERS: Final = 4
 _BATCH: Final = 1 << 19
 """Bytes of small files that are read before they are sent."""
@@ -61,7 +61,7 @@ class ConnectionLost(HybridkexError):
 
 
 class _Changed(HybridkexError):
-    """A file that differs from its offer."""
+    """A file has changed since it was offered."""
 
 
 @dataclass
@@ -125,8 +125,8 @@ async def send_items(
                 # A server refuses a client after the client's handshake is done (RFC 9846, section
                 # 4.5.1.3), and its alert may be lost with the reset: treat it as no connection.
                 raise ConnectionLost(
-                    f"{lost}, before the receiver sent anything: it may have refused us, see its "
-                    "log"
+                    f"{lost}, before the receiver sent anything: it may have refused this "
+                    "sender; see its log"
                 ) from None
         else:
             return work.outcome
@@ -267,7 +267,8 @@ class _Connection:
         self._dropped: set[int] = set()
         """Offers that were withdrawn here."""
         self._requests: deque[tuple[int, wire.Have | int]] = deque()
-        """Numbers of files, each with the digest or the offset that the receiver wants."""
+        """Numbers of files, each with what the receiver requests: a digest, or the data from an
+        offset."""
         self._compared: set[int] = set()
         """Files whose digest the receiver has requested."""
         self._begun: set[int] = set()
@@ -341,7 +342,7 @@ class _Connection:
                 self._news.set()
 
     def _take(self, answer: Received) -> None:
-        """Take note of an answer. Raises ``ProtocolError`` if it is not allowed now."""
+        """Handle an answer. Raises ``ProtocolError`` if it is not allowed now."""
         match answer:
             case wire.Busy():
                 raise trio.BrokenResourceError(
@@ -386,7 +387,7 @@ class _Connection:
         self._close(n)
 
     def _close(self, n: int) -> Item:
-        """Forget an offer, which has its outcome."""
+        """Forget an offer that has its outcome."""
         for numbers in (self._compared, self._begun, self._proved):
             numbers.discard(n)
         self._prefixes.pop(n, None)
@@ -576,7 +577,7 @@ _SHORTER: Final = "it has only {:,} bytes, fewer than its reported size"
 
 
 def _check_status(file: int, item: Item) -> bool:
-    """Raise ``_Changed`` if the file is no longer the one of its offer, by its status.
+    """Raise ``_Changed`` if the status of the file shows that it is not the offered one.
 
     Returns whether it has been touched since, so that its content is in doubt: a program may have
     written to it and put its date back.

@@ -27,7 +27,7 @@ class Item(NamedTuple):
         mtime_ns: nanoseconds since 1970; negative before.
         mode: permission bits, as of chmod(2).
         inode: device and inode number, which reveal a replaced file.
-        ctime_ns: the last change of its status or content, a time that no program can put back.
+        ctime_ns: the last change of its status or content, a time that programs cannot set.
     """
 
     source: str
@@ -98,8 +98,8 @@ def _text(path: Path | str) -> str:
 
 
 def _walk(roots: list[Item], leave_out: _LeaveOut) -> Iterator[Item]:
-    """Iterative, since a tree may be deeper than Python's stack. Of a folder, the files come first:
-    only its folders are kept."""
+    """Iterative, since a tree may be deeper than Python's stack. The files of a folder come before
+    its folders, so that only the folders are kept in memory."""
     waiting = [(item.source, item) for item in reversed(roots)]
     while waiting:
         root, item = waiting.pop()

@@ -15,8 +15,8 @@ from hybridkex.net.address import Address, TcpAddress, UnixAddress
 ConfigFactory: TypeAlias = Callable[[], AbstractAsyncContextManager[ClientConfig | ServerConfig]]
 """Reads the certificates and opens the key sources of a channel, for the duration of the context.
 
-With a ``ServerConfig`` the connections that are accepted are the secure ones and those to the
-target are plain; with a ``ClientConfig`` it is the other way round.
+With a ``ServerConfig``, accepted connections are secure and connections to the target are plain;
+with a ``ClientConfig``, it is the other way round.
 """
 
 
@@ -89,7 +89,7 @@ class TunnelConfig:
         """The name that the server at ``forward`` must have, for a client.
 
         Raises:
-            ConfigError: a Unix socket has no name.
+            ConfigError: ``forward`` is a Unix socket, and ``server_name`` is missing.
         """
         if self.server_name is not None:
             return self.server_name
@@ -99,10 +99,10 @@ class TunnelConfig:
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[ClientConfig | ServerConfig]:
-        """The channel, for as long as the context lasts.
+        """Open the channel for the duration of the context.
 
         It uses no session tickets: every connection of a tunnel has a full handshake and, with QKD,
-        a key of its own.
+        its own key.
 
         Raises:
             ConfigError: one of its files cannot be used.

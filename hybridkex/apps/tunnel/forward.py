@@ -151,7 +151,7 @@ class _End(Watched):
         self._readiness = forwarding.readiness
         self._activity = forwarding.activity
         self.most_read: int | None = None
-        """Bytes to read at once, if fewer than there is room for."""
+        """The maximum number of bytes to read at once; ``None`` for the whole buffer."""
         # The direction that begins here.
         self._reading = True
         self._draining = False
@@ -270,8 +270,8 @@ class _End(Watched):
             self._other.finish()
 
     def _gone(self) -> None:
-        """After close_notify nothing follows (RFC 9846 section 6.1) except the end of the
-        transport, if the peer leaves early. Without this check, a connection with a silent target
+        """Handle the end of the transport after close_notify, which no data follows (RFC 9846
+        section 6.1): the peer has left early. Without this check, a connection with a silent target
         would stay forever."""
         self._draining = False
         self._update()
@@ -360,7 +360,7 @@ class _End(Watched):
 
 
 class _SecureEnd(_End):
-    """The end with the engine."""
+    """The end with the TLS engine."""
 
     async def open(self, stack: AsyncExitStack) -> None:
         stream = self._leg.stream
@@ -383,7 +383,8 @@ class _SecureEnd(_End):
         other.most_read = self._pipe.most
 
     def _guard(self, work: Callable[..., object], *arguments: object) -> None:
-        """Like :meth:`ready`, for calls from other objects."""
+        """Make a call that another object has triggered, and handle faults as :meth:`ready`
+        does."""
         if self._forwarding.is_over:
             return
         try:
@@ -432,7 +433,7 @@ class _SecureEnd(_End):
         self._give_up(error)
 
     def passed_end(self) -> None:
-        """The program has been told of close_notify: see whether the peer leaves early."""
+        """The program has been told of close_notify: watch whether the peer leaves early."""
         self._draining = not self._other.input_ended
         super().passed_end()
 

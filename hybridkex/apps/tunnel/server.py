@@ -1,9 +1,9 @@
 """Any number of tunnels in one process, and configuration changes while they run.
 
-Three nurseries, ended from the inside out: no new connections, then no open ones, then the key
-sources are closed. A configuration in force is a :class:`_ActiveConfig`; a connection uses the one
-that is in force when it is accepted and holds it until its handshake is done, so that a new
-configuration applies to new connections and an old one stays open as long as its key source is
+Three nested nurseries end from the inside out: accepting ends first, then the open connections,
+then the key sources. A configuration in force is an :class:`_ActiveConfig`. A connection uses the
+configuration that is in force when it is accepted, and holds it until its handshake is done: a new
+configuration applies to new connections, and an old one stays open as long as its key source is
 needed.
 """
 
@@ -102,7 +102,7 @@ class _Endpoint:
         )
 
     async def aclose(self) -> None:
-        """Close it, where no connection was accepted."""
+        """Close an endpoint that has not accepted a connection."""
         await self.supervisor.aclose()
         await self.listening.aclose()
 
@@ -113,7 +113,7 @@ class TunnelServer:
     Args:
         metrics: the metrics to update.
         listening: opens the listening sockets of a tunnel, or returns existing ones.
-        go: no connection is accepted before this event; ``None`` for at once.
+        go: no connection is accepted before this event; ``None`` to accept at once.
     """
 
     def __init__(
@@ -365,7 +365,7 @@ class _Connection:
         budget: Budget,
         readiness: Readiness,
     ) -> None:
-        self._live = active
+        self._active = active
         self._config = active.config
         self._counters = counters
         self._connection = connection
@@ -386,7 +386,7 @@ class _Connection:
         out, back = self._out, self._back
         end = "cut: the tunnel is ending"  # if it is cancelled, alone or in a group
         try:
-            with self._live.used():
+            with self._active.used():
                 legs = await self._establish()
             await forward(
                 *legs,
@@ -441,10 +441,10 @@ class _Connection:
     async def _establish(self) -> tuple[Leg, Leg]:
         """Open both legs, near and far.
 
-        A plain one is reset unless it ends properly: TLS detects a truncation, but FIN, which the
+        A plain leg is reset unless it ends properly: TLS detects a truncation, but FIN, which the
         kernel sends for a killed process, would look like the end of the data.
         """
-        channel = self._live.channel
+        channel = self._active.channel
         keep_alive(self._accepted)
         if isinstance(channel, ServerConfig):
             near = await self._secure(self._accepted, channel, None)
@@ -508,7 +508,7 @@ class _Connection:
 
 
 class _Sum:
-    """Adds up for the log what the metrics count."""
+    """Counts for the metrics, and adds up for the log."""
 
     def __init__(self, count: Any) -> None:
         self._count = count

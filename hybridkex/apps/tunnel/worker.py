@@ -1,7 +1,7 @@
 """One worker of a tunnel service: serves the listening sockets that the service has opened.
 
 It takes orders only from the service, over the control socket with which it was started, and ends
-with it.
+with the service.
 """
 
 import json
@@ -24,7 +24,7 @@ from hybridkex.json_text import load_json
 from hybridkex.machine import leaves, refusal
 
 MOST_LINE: Final = 1 << 24
-"""Bytes of one message."""
+"""The maximum length of a message in bytes."""
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,15 @@ class Orders:
     workers: int
 
     def encoded(self) -> bytes:
-        """For the control socket."""
+        """Encode for the control socket."""
         data = pickle.dumps(self)
         return len(data).to_bytes(4, "big") + data
 
 
 def read_orders(control: socket.socket) -> Orders:
-    """The orders, from a control socket that blocks.
+    """Read the orders from a blocking control socket.
 
-    They come from the process that has started this one, and from nobody else.
+    They can be unpickled because only the process that started this one can send them.
 
     Raises:
         EOFError: the service has ended.
@@ -69,7 +69,7 @@ def _exactly(control: socket.socket, size: int) -> bytes:
 
 
 async def run_worker(control: socket.socket, orders: Orders, settings: TunnelSettings) -> None:
-    """Serve until the service says otherwise, or is gone."""
+    """Serve until the service closes this worker, or ends."""
     stream = trio.SocketStream(trio.socket.from_stdlib_socket(control))
     await _Worker(stream, orders).run(settings)
 

@@ -2,9 +2,9 @@
 
 The service opens the listening sockets and gives them to its workers, so that whichever worker is
 free takes the next connection, and none is lost when a worker ends. New workers are started for
-each configuration: when all of them are ready, those of the old one accept no more connections and
-end with their last. A worker that ends by itself is replaced. All end with the service, however it
-ends, because their control sockets are closed.
+each configuration: when all of them are ready, the old workers accept no more connections, and end
+with their last connection. A worker that ends by itself is replaced. All workers end with the
+service, however it ends, because their control sockets are closed.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ READY_SECONDS: Final = 60.0
 AGAIN_SECONDS: Final = 1.0
 """Seconds before a worker that ended is replaced."""
 MOST_AGAIN_SECONDS: Final = 30.0
-"""The same, if workers keep ending."""
+"""The maximum of these seconds, if workers keep ending."""
 SURE_SECONDS: Final = 5.0
 """Seconds after the grace period until a worker that has not ended is killed."""
 CLOSE_SECONDS: Final = 5.0
@@ -59,7 +59,7 @@ class _Worker:
     ) -> None:
         self.process: Final = process
         self.life: Final = life
-        """Open as long as the process runs and this one does."""
+        """Open while the worker and this process run."""
         self.pid: Final = process.pid
         self._stream = stream
         self._sending = trio.Lock()
@@ -77,7 +77,7 @@ class _Worker:
         self.stopped = False
         """Whether it has been killed."""
         self.metrics: list[Any] = []
-        """Those of its last answer."""
+        """The metrics of its last answer."""
 
     async def listen(self) -> None:
         async with self._stream:
@@ -112,8 +112,8 @@ class _Worker:
         """Bring :attr:`metrics` up to date."""
         if self._answered.is_set():
             self._answered = trio.Event()
-            # One request at a time: those to a worker that hangs would fill its control socket, and
-            # the next message to it would wait forever.
+            # One request at a time: requests would fill the control socket of a worker that hangs,
+            # and the next message to it would wait forever.
             with trio.CancelScope(shield=True):
                 await self.send(metrics=True)
         with trio.move_on_after(SCRAPE_SECONDS):
@@ -147,7 +147,7 @@ class WorkerPool:
         *,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Serve until :meth:`close`; reports as started once all workers do.
+        """Serve until :meth:`close`; reports as started once all workers are ready.
 
         Raises:
             ConfigError: the configuration cannot be used.
@@ -246,7 +246,7 @@ class WorkerPool:
                 await worker.send(go=True)
             for worker in before:
                 await worker.send(close=None)
-            with trio.move_on_after(CLOSE_SECONDS):  # one that hangs delays nothing for longer
+            with trio.move_on_after(CLOSE_SECONDS):  # a worker that hangs delays this no longer
                 for worker in before:
                     await worker.closed.wait()
             for one in closed:
@@ -255,10 +255,10 @@ class WorkerPool:
     async def _start_ready(
         self, number: int, settings: TunnelSettings, listening: dict[_Key, Listening]
     ) -> set[_Worker]:
-        """Start so many workers, and wait until all are ready.
+        """Start ``number`` workers, and wait until all are ready.
 
         Raises:
-            ConfigError: one of them is not; none is left.
+            ConfigError: a worker is not ready; all of these workers have been stopped.
         """
         found: set[_Worker] = set()
         try:
@@ -275,7 +275,7 @@ class WorkerPool:
         return found
 
     async def _start(self, settings: TunnelSettings, listening: dict[_Key, Listening]) -> _Worker:
-        """Start a worker; it is ready later."""
+        """Start a worker, without waiting until it is ready."""
         descriptors = {
             config.name: tuple(one.socket.fileno() for one in listening[config.endpoint].listeners)
             for config in settings.tunnels
@@ -300,7 +300,8 @@ class WorkerPool:
     async def _open(
         self, descriptors: dict[str, tuple[int, ...]]
     ) -> tuple[socket.socket, trio.Process, socket.socket]:
-        """A new process, the control socket, and what to keep open until the process has ended.
+        """Start a process. Returns the control socket, the process, and a socket to keep open until
+        the process has ended.
 
         Raises:
             OSError, RuntimeError, MemoryError: there is no descriptor, process, thread or memory.
@@ -319,12 +320,12 @@ class WorkerPool:
                         *(one for each in descriptors.values() for one in each),
                     ),
                 )
-                _let_go_on_at_end(watched, process.pid)
+                _continue_at_end(watched, process.pid)
             undo.pop_all()
         return control, process, life
 
     async def _watch(self, worker: _Worker) -> None:
-        """Until a worker has ended; then start another, if it is missed."""
+        """Wait until a worker has ended, and replace it if it is still needed."""
         began = trio.current_time()
         try:
             await worker.listen()
@@ -432,7 +433,7 @@ class _Sums:
 
 
 def _joined(name: str, one: float | None, other: float) -> float:
-    """The value of a sample that two processes have; the earlier time of two."""
+    """Add the values of a sample of two processes; of two creation times, take the earlier one."""
     if one is None:
         return other
     return min(one, other) if name.endswith("_created") else one + other
@@ -446,11 +447,11 @@ def _check_ready(workers: set[_Worker]) -> None:
             raise ConfigError(worker.error)
 
 
-def _let_go_on_at_end(watched: socket.socket, pid: int) -> None:
-    """Continue a worker that is stopped when the other end of a socket is closed (fcntl(2)).
+def _continue_at_end(watched: socket.socket, pid: int) -> None:
+    """Send SIGCONT to a worker when the other end of a socket is closed (fcntl(2)).
 
-    A stopped worker does not read its control socket, and would keep the listening sockets of a
-    service that is gone.
+    A worker that a signal has stopped does not read its control socket, and would keep the
+    listening sockets of a service that has ended.
     """
     if sys.platform == "linux":
         fcntl.fcntl(watched, fcntl.F_SETOWN, pid)

@@ -4,7 +4,6 @@ import atexit
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -124,14 +123,16 @@ class PostgresServer:
                 time.sleep(0.01)
 
     def is_alive(self) -> bool:
-        """Whether the server takes connections, or will by itself; one that has ended is gone.
+        """Whether the server opens sessions, or will by itself; one that has ended is gone.
 
-        Blocks while it recovers.
+        Blocks while it recovers or shuts down, when its port takes connections all the same.
         """
+        import psycopg  # noqa: PLC0415  # an extra
+
         assert self.process is not None
         while self.process.poll() is None:
-            with suppress(OSError):
-                socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
+            with suppress(psycopg.OperationalError):
+                psycopg.connect(self.url("public", "postgres")).close()
                 return True
             time.sleep(0.05)
         self.process = None

@@ -10,8 +10,8 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
+from urllib.request import ProxyHandler, build_opener
 
-import httpx
 import trio
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -33,6 +33,7 @@ from hybridkex.net.event_loop import in_thread
 
 _COMMAND: Final = (sys.executable, "-m", "hybridkex")
 _SITES: Final = ("alice", "bob")
+_PAGE_SECONDS: Final = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,20 +203,27 @@ class Demonstration:
 
 async def _first_keys(metrics: str) -> dict[str, float]:
     """The link's metrics, once both KMEs have its keys."""
-    async with httpx.AsyncClient(trust_env=False) as client:
-        while True:
-            found: dict[str, float] = {}
-            produced = []
-            for family in text_string_to_metric_families((await client.get(metrics)).text):
-                for sample in family.samples:
-                    # A KME counts its stock every 10 s only, and these when it has stored them.
-                    if sample.name == "hybridkex_kme_keys_produced_total":
-                        produced.append(sample.value)
-                    elif sample.labels.get("kme") == "kme-a":
-                        found[sample.name.removeprefix("hybridkex_qkd_link_")] = sample.value
-            if len(produced) == len(_SITES) and all(produced):
-                return found
-            await trio.sleep(0.1)
+    while True:
+        found: dict[str, float] = {}
+        produced = []
+        text = await in_thread(_page, metrics, abandon=True)
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                # A KME counts its stock every 10 s only, and these when it has stored them.
+                if sample.name == "hybridkex_kme_keys_produced_total":
+                    produced.append(sample.value)
+                elif sample.labels.get("kme") == "kme-a":
+                    found[sample.name.removeprefix("hybridkex_qkd_link_")] = sample.value
+        if len(produced) == len(_SITES) and all(produced):
+            return found
+        await trio.sleep(0.1)
+
+
+def _page(url: str) -> str:
+    # Without the proxy that the environment may name.
+    with build_opener(ProxyHandler({})).open(url, timeout=_PAGE_SECONDS) as answer:
+        text: str = answer.read().decode()
+        return text
 
 
 def _digest(path: Path) -> str:

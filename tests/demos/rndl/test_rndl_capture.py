@@ -54,6 +54,27 @@ def test_there_and_back(tmp_path: Path) -> None:
     assert str(flow) == "127.0.0.1:40000 > 127.0.0.2:443"
 
 
+@pytest.mark.parametrize(
+    "data", [b"", b"x", b"\xff", bytes(1461), b"\xff\xff" * 700, bytes(range(256)) * 9]
+)
+def test_checksums(data: bytes, tmp_path: Path) -> None:
+    """A header with its checksum adds up to ones (RFC 1071)."""
+    for packet in read(written((True, data), (False, data[1:])), tmp_path):
+        header, segment = packet.data[14:34], packet.data[34:]
+        pseudo_header = header[12:20] + pack("!HH", 6, len(segment))
+        for part in (header, pseudo_header + segment + bytes(len(segment) % 2)):
+            total = sum(part[0::2]) * 256 + sum(part[1::2])
+            while total > 0xFFFF:
+                total = (total & 0xFFFF) + (total >> 16)
+            assert total == 0xFFFF
+
+
+def test_a_checksum_of_zero(tmp_path: Path) -> None:
+    """It is 0 and not 0xFFFF, the other zero of ones' complement (RFC 1624)."""
+    checksum = read(written((True, bytes(2))), tmp_path)[3].data[50:52]
+    assert read(written((True, checksum)), tmp_path)[3].data[50:52] == bytes(2)
+
+
 def test_segments_out_of_order_and_repeated(tmp_path: Path) -> None:
     data = random.Random(2).randbytes(50_000)
     packets = read(written((True, data), (False, data[::-1])), tmp_path)

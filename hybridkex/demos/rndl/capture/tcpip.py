@@ -9,9 +9,9 @@ The reader also accepts captures of other tools: segments out of order, repeated
 connections whose beginning is missing.
 """
 
-import ipaddress
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from socket import inet_aton, inet_ntoa
 from struct import pack, unpack_from
 from typing import Final
 
@@ -37,7 +37,7 @@ class ConnectionWriter:
         self, writer: PcapngWriter, client: Address, server: Address, time_ns: int
     ) -> None:
         self._writer = writer
-        self._ends = (client, server)
+        self._ends = [(inet_aton(host), port) for host, port in (client, server)]
         self._next = [1_000, 2_000]  # sequence numbers by side: client, server
         self._identification = 0
         self._frame(0, time_ns, _SYN, ack=False)
@@ -71,7 +71,7 @@ class ConnectionWriter:
             0,
             0,
         )
-        addresses = ipaddress.IPv4Address(source).packed + ipaddress.IPv4Address(target).packed
+        addresses = source + target
         pseudo = addresses + pack("!BBH", 0, _TCP, len(head) + len(data))
         head = head[:16] + pack("!H", _checksum(pseudo + head + data)) + head[18:]
         self._identification = (self._identification + 1) & 0xFFFF
@@ -94,12 +94,10 @@ class ConnectionWriter:
 
 
 def _checksum(data: bytes) -> int:
-    """The Internet checksum (RFC 1071)."""
-    data += bytes(len(data) % 2)
-    total: int = sum(unpack_from(f"!{len(data) // 2}H", data))
-    while total >> 16:
-        total = (total & 0xFFFF) + (total >> 16)
-    return ~total & 0xFFFF
+    """The Internet checksum (RFC 1071) of data that are not all zero, so that it is never 0xFFFF
+    (RFC 1624). A number and the sum of its 16-bit digits have the same remainder modulo 2^16 - 1.
+    """
+    return 0xFFFF - (int.from_bytes(data + bytes(len(data) % 2)) % 0xFFFF or 0xFFFF)
 
 
 @dataclass(frozen=True)
@@ -225,8 +223,8 @@ def _segment(packet: Packet) -> _Segment | None:
     source_port, target_port, sequence, _, offset, flags = unpack_from("!HHIIBB", data, start)
     return _Segment(
         time=packet.time,
-        source=(str(ipaddress.IPv4Address(data[26:30])), source_port),
-        target=(str(ipaddress.IPv4Address(data[30:34])), target_port),
+        source=(inet_ntoa(data[26:30]), source_port),
+        target=(inet_ntoa(data[30:34]), target_port),
         sequence=sequence,
         flags=flags,
         data=data[start + 4 * (offset >> 4) : end],

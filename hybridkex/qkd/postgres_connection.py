@@ -58,9 +58,11 @@ _NO_POOLER: Final = (
 
 _OWNER: Final = "make the role the owner of the database, or of a schema in its search_path"
 
+_NO_PASSWORD: Final = "no password supplied"
+
 _NEXT_STEPS: Final = {
     "unsupported startup parameter": f"; {_NO_POOLER}",
-    "no password supplied": "; store the password in a file (mode 600) with the line "
+    _NO_PASSWORD: "; store the password in a file (mode 600) with the line "
     "HOST:PORT:DATABASE:USER:PASSWORD, whose first four values are those of the URL of the store, "
     "and add ?passfile=FILE to the URL",
     "password authentication failed": "; compare the password with the role's in the database",
@@ -153,22 +155,11 @@ def _malformed(options: str = "") -> ConfigError:
     )
 
 
-def _check_password_file(path: str) -> None:
-    """libpq passes over a file that it cannot use, and says later that there is no password."""
-    read_file(path, what="the store's password file (passfile in its URL)", pipe=False)
-    if os.stat(path).st_mode & 0o077:
-        raise ConfigError(
-            f"the store's password file {path} can be read by others, so PostgreSQL ignores it; "
-            f"make it private: chmod 600 {path}"
-        )
-
-
 def prepared(url: str) -> tuple[str, str]:
     """The connection string with our settings, and the name of the database for messages.
 
     Raises:
-        ConfigError: the URL is malformed, or its password file cannot be used. The error has no
-            part of the URL that may be of a password.
+        ConfigError: the URL is malformed. The error has no part of it, which may be of a password.
     """
     try:
         given = conninfo_to_dict(url)
@@ -178,9 +169,6 @@ def prepared(url: str) -> tuple[str, str]:
     # Where a password has an "@" or a "/", its rest is in these. "@name" is an abstract socket.
     if "@" in host[1:] or "@" in name or not set(port) <= set("0123456789,"):
         raise _malformed()
-    path = str(given.get("passfile") or "")
-    if path and "@" not in path:  # where it is the rest of a password
-        _check_password_file(path)
     ours = " ".join(f"-c {name}={value}" for name, value in _SETTINGS.items())
     options = f"{given.get('options') or ''} {ours}".strip()
     settings: dict[str, Any] = {
@@ -226,4 +214,31 @@ def reason(error: BaseException | None) -> str:
     if isinstance(error, PoolTimeout):
         return f"no connection within {WAIT_SECONDS:g} s"
     text = " ".join(str(error).split("\n")[0].split()) or type(error).__name__
+    if _NO_PASSWORD in text and (path := _password_file(error)) is not None:
+        return f"{text}; {_about_password_file(path)}"
     return text + next((step for refusal, step in _NEXT_STEPS.items() if refusal in text), "")
+
+
+def _password_file(error: BaseException | None) -> str | None:
+    """The password file of a failed connection; ``None`` if there is no file by the default name,
+    or if the name may be a part of a password that has a "@"."""
+    info = error.pgconn.info if isinstance(error, psycopg.Error) and error.pgconn else ()
+    path = next(
+        (os.fsdecode(one.val) for one in info if one.keyword == b"passfile" and one.val), ""
+    )
+    is_default = path == os.path.expanduser("~/.pgpass")
+    return None if not path or "@" in path or (is_default and not os.path.exists(path)) else path
+
+
+def _about_password_file(path: str) -> str:
+    """Why libpq found no password in a file."""
+    try:
+        read_file(path, what="the password file", pipe=False)
+    except ConfigError as error:
+        return str(error)
+    if os.stat(path).st_mode & 0o077:
+        return (
+            f"the password file {path} can be read by others, so PostgreSQL ignores it; make it "
+            f"private: chmod 600 {path}"
+        )
+    return f"the password file {path} has no line for the host, port, database and user of the URL"

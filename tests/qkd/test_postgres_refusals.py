@@ -69,33 +69,42 @@ def test_a_misspelt_option_is_told_apart(options: str, said: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "said"), [(None, "No such file"), (0o644, "chmod 600"), (0o600, None)]
+    ("mode", "said"),
+    [(None, "No such file"), (0o644, "chmod 600"), (0o600, "has no line for")],
 )
-def test_a_password_file_that_cannot_be_used_is_named(
-    mode: int | None, said: str | None, tmp_path: Path
+def test_a_password_file_without_the_password_is_named(
+    mode: int | None, said: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "pgpass"
     if mode is not None:
-        file.write_text("localhost:*:*:*:hunter2\n")
+        file.write_text("elsewhere:*:*:*:hunter2\n")
         file.chmod(mode)
-    url = f"postgresql://kme@localhost/kme?passfile={file}"
-    if said is None:
-        assert f"passfile={file}" in prepared(url)[0]
-        return
-    with pytest.raises(ConfigError, match=f"password file .*{file}.*{said}") as caught:
-        prepared(url)
-    assert "hunter2" not in str(caught.value)
+    text = reason(no_password(f"?passfile={file}"))
+    assert f"password file {file}" in text
+    assert said in text
+    assert "hunter2" not in text
+
+
+def no_password(options: str) -> Exception:
+    """What psycopg raises where the server asks for a password, and libpq has none."""
+    with pytest.raises(psycopg.OperationalError) as caught:
+        psycopg.connect(prepared(f"postgresql://kme@127.0.0.1:1/kme{options}")[0])
+    return psycopg.OperationalError("fe_sendauth: no password supplied", pgconn=caught.value.pgconn)
+
+
+def test_without_a_password_file_the_message_says_how_to_make_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert "add ?passfile=FILE to the URL" in reason(no_password(""))
 
 
 def test_a_password_is_not_taken_for_a_password_file() -> None:
     """Its "/" ends the address, so that the rest of it is in the options."""
-    with pytest.raises(ConfigError) as caught:
-        check_store(
-            Secret(b"postgresql://kme:1/x?passfile=hunter2@localhost/kme"),
-            Seal(Secret(bytes(32))),
-            owner="kme-a",
-        )
-    assert "hunter2" not in str(caught.value)
+    with pytest.raises(psycopg.OperationalError) as caught:
+        psycopg.connect(prepared("postgresql://127.0.0.1:1/x?passfile=hunter2@localhost/kme")[0])
+    error = psycopg.OperationalError("no password supplied", pgconn=caught.value.pgconn)
+    assert "hunter2" not in reason(error)
 
 
 def test_a_database_that_cannot_be_reached_is_named() -> None:

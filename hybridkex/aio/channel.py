@@ -49,12 +49,12 @@ _READ_SIZE: Final = 16 * FULL_RECORD
 _READ_WAITING: Final = 2048
 """The maximum number of bytes that are read while a connection waits for a place: a ClientHello."""
 _JOIN: Final = 16 * 1024
-"""Bytes up to which writes wait to be joined; more is encrypted at once."""
+"""Writes wait to be joined up to so many bytes; more are encrypted at once."""
 _BATCH: Final = 16 * MAX_PLAINTEXT
 """Bytes that are encrypted and sent in one iteration of the loop."""
 _ALERT_TIMEOUT: Final = 1.0
 _IGNORED_WRITES: Final = 5
-"""Number of writes to a lost connection at which a warning is logged; asyncio's figure."""
+"""The number of writes to a lost connection at which a warning is logged, as in asyncio."""
 
 
 class _State(Enum):
@@ -74,7 +74,7 @@ _CLOSED: Final = _State.CLOSED
 
 
 # What ends a connection when the application's protocol or the engine raises it. A callback that
-# asks a cancelled future for its result raises CancelledError, which is no request to cancel the
+# asks a cancelled future for its result raises CancelledError, which does not request to cancel the
 # event loop.
 _FAULTS: Final = (Exception, asyncio.CancelledError)
 
@@ -90,7 +90,7 @@ _ABORTED: Final = connection_error(LocalStateError("the connection was aborted")
 class _Scratch(threading.local):
     """The read buffer that all connections of a thread share: it is empty between two reads.
 
-    The thread is the one that reads. A loop may run in another thread than the one in which its
+    It belongs to the thread that reads: a loop may run in another thread than the one in which its
     connections were made.
     """
 
@@ -106,7 +106,7 @@ class Lifecycle:
     """The states of a connection, from the handshake to the end.
 
     Args:
-        transport: what the application's protocol gets.
+        transport: the transport that the application's protocol gets.
         engine: the connection's engine.
         config: its configuration.
         shutdown_timeout: seconds from ``close`` until the peer's close_notify.
@@ -114,13 +114,13 @@ class Lifecycle:
         ready: a future that is done when the handshake is complete or has failed.
     """
 
-    # What most connections never change, so that a handshake does not set it.
+    # Defaults that most connections never change, so that a handshake need not set them.
     state = _HANDSHAKE
     raw: asyncio.Transport | None = None
     """The transport below."""
     handshake: "Handshake | None" = None
     session: Session | None = None
-    """Once the handshake is complete."""
+    """Set once the handshake is complete."""
     renewer: KeyRenewer | None = None
     pads: PadFiller | None = None
     failure: Exception | None = None
@@ -348,7 +348,7 @@ class Lifecycle:
         self.give_up(CODE_FAILED, cause)
 
     def give_up(self, why: str, cause: Exception | None = None) -> None:
-        """Close with the alert internal_error, for a reason on our side."""
+        """Close with the alert internal_error, for a fault on our side."""
         error = InternalError(why)
         if not self.engine.close_sent:  # nothing follows a close_notify (section 6.1)
             self.engine.abort(error)
@@ -374,7 +374,7 @@ class Lifecycle:
         if self.handshake is not None:
             self.handshake.take_answer()  # it may have refused the session in this turn of the loop
         if self.pads is not None and self.pads.error is not None:
-            self.fail(self.pads.error)  # found in this turn, and not reported yet
+            self.fail(self.pads.error)  # found in this turn of the loop, and not reported yet
         was, self.state = self.state, _CLOSED
         complete = self.engine.close_received
         lossless = complete and not (self.reading.holds_data or self.writing.holds_data)
@@ -395,7 +395,7 @@ class Lifecycle:
         self._transport = None
         aborted = failure is _ABORTED
         if failure is None and not lossless:
-            # Behind the peer's close_notify a reset is no failure (RFC 9846 section 6.1).
+            # After the peer's close_notify a reset is not a failure (RFC 9846 section 6.1).
             failure = error
         if failure is None and not complete and was is not _CLOSING:
             failure = connection_error(TruncationError("the connection was closed"))
@@ -410,7 +410,7 @@ class Lifecycle:
             _LINES.log(logging.WARNING, "%s: %s", self._peer, failure)
 
     def get_extra_info(self, name: str, default: Any) -> Any:
-        """``get_extra_info`` of the transport below, also once it is closed."""
+        """``get_extra_info`` of the transport below, also after it was closed."""
         if name in self._names or self.raw is None:
             found = self._names.get(name)
             return default if found is None else found
@@ -430,7 +430,7 @@ class Handshake:
     Args:
         life: the connection.
         timeout: seconds from the place until the handshake is complete.
-        places: those of the server that has accepted the connection.
+        places: the places of the server that has accepted the connection.
     """
 
     _place: Connection | None = None
@@ -447,7 +447,7 @@ class Handshake:
         self._places = places
 
     def attach(self, raw: asyncio.Transport) -> None:
-        """Begin, or wait for a place of the server."""
+        """Begin the handshake, or wait for a place of the server."""
         if self._places is None:
             self.start()
         else:
@@ -516,7 +516,8 @@ class Handshake:
         self._task.add_done_callback(self._answered)
 
     def take_answer(self) -> None:
-        """Process an answer that is there, and whose callback is due in this turn of the loop."""
+        """Process an answer that has arrived, and whose callback is due in this turn of the
+        loop."""
         if self._task is not None and self._task.done():
             self._answered(self._task)
 
@@ -541,7 +542,7 @@ class Handshake:
         self._life.fail(error)
 
     def dismiss(self, reason: str) -> None:
-        """Close the connection, for the benefit of another."""
+        """Close the connection to make room for another one."""
         self._life.abort(connection_error(LocalStateError(reason)))
 
     def stop(self) -> None:
@@ -648,7 +649,7 @@ class ReadingHalf(asyncio.BufferedProtocol):
             self.process()
 
     def _deliver_record(self, content: bytes) -> None:
-        """Deliver a read that was one short record, and send what answers it."""
+        """Deliver a read that was one short record, and send the answer to it."""
         life, writing = self._life, self._writing
         if life.renewer is not None:
             life.renewer.received(len(content))
@@ -710,7 +711,7 @@ class ReadingHalf(asyncio.BufferedProtocol):
             life.send_output()  # a KeyUpdate that answers the peer
 
     def _deliver(self, data: bytes | memoryview) -> None:
-        """Give data to the protocol; what it does not take, once it has paused reading, waits."""
+        """Give data to the protocol; the rest waits if the protocol pauses reading."""
         life = self._life
         view = memoryview(data)
         while view and life.state is _OPEN:
@@ -814,25 +815,25 @@ class ReadingHalf(asyncio.BufferedProtocol):
 
 
 class WritingHalf:
-    """Encrypts what the application has written, and sends it as fast as the transport below takes
-    it.
+    """Encrypts the data that the application has written, and sends it as fast as the transport
+    below takes it.
 
     Args:
         life: the connection.
     """
 
     in_read = False
-    """Whether a read is being processed: what is written meanwhile is sent at its end."""
+    """Whether a read is being processed: data written meanwhile is sent at its end."""
     end_due = False
     """Whether close_notify follows the data that waits."""
     batch = _BATCH
     paused = False
     """Whether the application's protocol was asked to pause writing."""
     high = low = 0
-    """The marks, in bytes, at which it is asked to pause and to resume."""
+    """The water marks, in bytes, at which the protocol is asked to pause and to resume."""
     _size = 0
     _sealed = 0
-    """Bytes that were encrypted, of all that were written."""
+    """The number of written bytes that were encrypted."""
     _eof_written = False
     _below_full = False
     _not_taken = False
@@ -918,7 +919,7 @@ class WritingHalf:
             if life.pads is not None and not life.pads.ready(len(batch)):
                 self.outgoing.appendleft(batch)
                 self._size += len(batch)
-                return  # until more of the pad is there
+                return  # until the pad is extended
             if life.renewer is not None:
                 life.renewer.sent(len(batch))
             self._sealed += len(batch)
@@ -963,7 +964,7 @@ class WritingHalf:
         return first
 
     def update_keys(self, *, request_peer: bool) -> None:
-        """Change our sending key behind the data that was written.
+        """Change our sending key after the data that was written.
 
         Raises:
             LocalStateError: as the engine's ``update_keys``.
@@ -976,7 +977,7 @@ class WritingHalf:
         self._update_keys()
 
     def _update_keys(self) -> None:
-        """Send the key updates that no data has to precede any more."""
+        """Send the key updates that wait for no more data."""
         while self._updates and self._updates[0][0] == self._sealed:
             _, request_peer = self._updates.popleft()
             self._engine.update_keys(request_peer=request_peer)
@@ -1034,8 +1035,8 @@ class WritingHalf:
             self.check_marks()
 
     def peer_closed(self) -> None:
-        """From now on the transport below reports each byte that waits there: a reset behind the
-        peer's close_notify is a failure if any does."""
+        """Have the transport below report every waiting byte from now on: a reset after the peer's
+        close_notify is a failure if any bytes wait."""
         raw = self._life.raw
         if raw is not None and not raw.is_closing():
             raw.set_write_buffer_limits(0)

@@ -6,9 +6,8 @@ only then answers. Two KMEs may reserve the same block at the same time. Its *ha
 its ID, decides: each KME prefers its own half, and if both have reserved a block, the KME that owns
 its half gets it.
 
-Wherever this sequence is interrupted, no key is delivered twice: the other KME promises a block at
-most once, durably. A block whose promise was not used is refused from then on, and both KMEs erase
-it.
+Wherever this sequence is interrupted, no key is delivered twice: the peer KME promises a block at
+most once, durably. It refuses a block whose promise was not used, and both KMEs erase the block.
 
 Only material is erased, never a promise. "Spent" does not mean that a block is lost: while our own
 request for it was in transit, the other KME may have delivered it to its own SAE, and this KME may
@@ -68,14 +67,15 @@ LOG: Final = get_logger(__name__)
 CHECK_EVERY: Final = 600.0
 """Seconds between two comparisons of our blocks with the peer KME's."""
 CHECK_LONGEST: Final = 120.0
-"""Seconds after which another process compares them, if the one that began has not ended."""
+"""Seconds after which another process compares them if the first one has not finished."""
 
 RETRY_AFTER: Final = 0.25
 RETRY_AFTER_MOST: Final = 10.0
 """Seconds between two attempts to store keys while the store fails; doubled each time."""
 
 TRY_AGAIN_AFTER: Final = 1.0
-"""Seconds in which at most one request draws keys, after a delivery that could not be recorded."""
+"""After a delivery that could not be recorded, at most one request draws keys in so many
+seconds."""
 
 LATE_WAITS: Final = (0.05, 0.1, 0.2, 0.4, 0.8)
 """Seconds before each retry of a request while the peer KME lacks some of the blocks."""
@@ -103,7 +103,7 @@ stores."""
 EXCESS: Final = {
     "rate": "requests above limits.peer_rate; they get 503",
     "promised": "keys by value beyond limits.max_promised, which no SAE collects; they get 503",
-    "voids": "void messages with IDs that were never here; they are not noted",
+    "voids": "void messages with IDs that were never in this store; they are not recorded",
 }
 """Rate-limited calls of a peer KME, by their names in the counter and the log."""
 
@@ -114,9 +114,9 @@ RENEW_EVERY: Final = 5.0
 """Seconds between two attempts to encrypt the stored keys under the current sealing key."""
 
 COUNT_EVERY: Final = 1.0
-"""Seconds between two counts of a stock that was full: keys also leave it unnoted, by their age or
-through another process. (A notice of each delivery would cost more: PostgreSQL lets one transaction
-with a NOTIFY commit at a time.)"""
+"""Seconds between two counts of a full stock: this process does not notice keys that expire or that
+another process delivers. (A notice of each delivery would cost more: PostgreSQL commits
+transactions with a NOTIFY one at a time.)"""
 
 
 _Unsettled = TypeVar("_Unsettled", str, tuple[str, str, str])
@@ -131,28 +131,28 @@ class _Link:
     half: int
     peer: PeerLink | None
     answers: bool | None = None
-    """Whether the other KME answered the last message; ``None`` before the first one."""
+    """Whether the peer KME answered the last message; ``None`` before the first message."""
     left: trio.Event = field(default_factory=trio.Event)
     """Set when ``gone`` reaches ``awaited``."""
     turn: trio.Lock = field(default_factory=trio.Lock)
-    """Held while a message of the other KME is read and carried out: it has many connections, and
-    our SAEs must not wait for more than one of its messages."""
+    """Held while a message of the peer KME is processed: the peer has many connections, and our
+    SAEs must not wait for more than one of its messages."""
     next_check: float = 0.0
     """When our blocks must be compared with the peer KME's again."""
     gone: int = 0
-    """Blocks that have left the stock since the start, as far as they were noted."""
+    """Blocks that this process has seen leave the stock since the start."""
     awaited: int = 0
     """The value of ``gone`` at which the stock has room for the next keys."""
     try_again: float | None = None
-    """When the next delivery may be tried, after one that could not be recorded, as on a full disk:
-    its keys are lost, as the other KME had promised them."""
+    """When the next delivery may be tried after one that could not be recorded, for example on a
+    full disk. The keys of that delivery are lost, because the peer KME had promised them."""
     unsettled: set[str] = field(default_factory=set)
     """Blocks of requests that failed, though the store may have recorded their delivery."""
     uncollected: set[tuple[str, str, str]] = field(default_factory=set)
-    """The same for promises: key ID, slave and master."""
+    """Likewise promises: key ID, slave and master."""
     voids: TokenBucket = field(default_factory=lambda: TokenBucket(VOIDS_RATE, VOIDS_BURST))
     log: BoundedLog = field(default_factory=lambda: BoundedLog(LOG, rate=1 / 60, burst=5))
-    """Rate-limits the lines that an SAE or the other KME can cause repeatedly."""
+    """Rate-limits the lines that an SAE or the peer KME can cause repeatedly."""
 
     def note_gone(self, blocks: int) -> None:
         self.gone += blocks
@@ -193,13 +193,13 @@ class KeyManagementEntity:
         for target in self._links:
             metrics.begin_link(self.kme_id, target, lost=LOST, refused=BlockState, excess=EXCESS)
         self.log: Final = BoundedLog(LOG)
-        """For log lines that any peer or SAE can cause again and again."""
+        """For log lines that any peer or SAE can cause repeatedly."""
         self._buckets = self._new_buckets()
         self._renewal = trio.Event()
-        """Set: the store may have rows that are encrypted under an earlier sealing key."""
+        """Set while the store may have rows that are encrypted under an earlier sealing key."""
 
     def _new_buckets(self) -> dict[str, TokenBucket]:
-        """One for each SAE of ours and for each peer."""
+        """A token bucket for each SAE of ours and for each peer."""
         limits = self.limits
         for sae in self.settings.saes:
             for role in ("master", "slave"):
@@ -227,7 +227,7 @@ class KeyManagementEntity:
     def connect(self, target: str, peer: PeerLink, *, compared: bool = False) -> None:
         """Set how the KME ``target`` is reached.
 
-        ``compared``: the caller will :meth:`reconcile` with it now.
+        ``compared``: whether the caller calls :meth:`reconcile` for it now.
         """
         link = self._links[target]
         link.peer = peer
@@ -235,7 +235,7 @@ class KeyManagementEntity:
             link.next_check = trio.current_time() + CHECK_EVERY
 
     async def readiness(self) -> dict[str, str | None]:
-        """For each link, what keeps it from serving a request now; ``None``: nothing."""
+        """For each link, why it cannot serve a request now; ``None`` if it can."""
         try:
             await self._store.check()
             if self._audit is not None:
@@ -350,7 +350,7 @@ class KeyManagementEntity:
                 except BlocksRefused as refused:
                     states = {one.key_id: refused.states.get(one.key_id) for one in found}
                     refused_ids = {key_id for key_id, state in states.items() if state}
-                    if not refused_ids:  # of what was asked for; a loop would not end
+                    if not refused_ids:  # none of ours: repeating would not end
                         raise ErrorResponse(
                             503, "the peer KME refused keys that were not requested"
                         ) from None
@@ -442,13 +442,14 @@ class KeyManagementEntity:
         master: str,
         slaves: list[str],
     ) -> None:
-        """The other KME's promise first, then our own durable mark. Raises ``BlocksRefused``."""
+        """Get the peer KME's promise, then record the delivery durably. Raises
+        ``BlocksRefused``."""
         allotments = tuple(one for one, _ in keys)
         local = [slave for slave in slaves if link.target == self.kme_id]
         if link.try_again is not None:
             if trio.current_time() < link.try_again:
                 raise KeySourceUnavailable("the last delivery could not be recorded")
-            link.try_again = trio.current_time() + TRY_AGAIN_AFTER  # the others wait for this one
+            link.try_again = trio.current_time() + TRY_AGAIN_AFTER  # other requests wait
             await self._store.check()
         if link.target != self.kme_id:
             if link.peer is None:
@@ -463,7 +464,7 @@ class KeyManagementEntity:
             except BlocksRefused:
                 self._note_peer(link, None)
                 if link.try_again is not None:
-                    link.try_again = trio.current_time()  # nothing was promised: the next may try
+                    link.try_again = trio.current_time()  # nothing was promised
                 raise
             self._note_peer(link, None)
         try:
@@ -474,8 +475,8 @@ class KeyManagementEntity:
                 link.unsettled.update(block for one in allotments for block in one.blocks)
             raise
         except KeyConsumed:
-            # One block expired, or went to the peer. The other KME's promises are useless now, and
-            # so are the rest of our blocks, which it will not reserve again.
+            # A block expired, or went to the peer. The peer KME's promises are useless now, and so
+            # are our other blocks, which it will not reserve again.
             blocks = [block for one in allotments for block in one.blocks]
             await self._store.release(link.target, blocks)
             await self._erase(link, blocks, "overtaken")
@@ -485,7 +486,7 @@ class KeyManagementEntity:
         link.note_gone(sum(len(one.blocks) for one in allotments))
 
     def _note_peer(self, link: _Link, error: KeySourceUnavailable | None) -> None:
-        """Log, once each, that the other KME is unreachable and that it is back."""
+        """Log when the peer KME becomes unreachable, and when it answers again."""
         before, link.answers = link.answers, error is None
         if error is not None and before is not False:
             link.log.log(
@@ -515,7 +516,7 @@ class KeyManagementEntity:
                 state is BlockState.UNKNOWN and material.created < arrived
             ):
                 dead.append(material.key_id)
-        # We may erase them while they are material: a promise made meanwhile has taken them out.
+        # Only material is erased: a promise that was made meanwhile has removed its blocks from it.
         await self._store.release(link.target, dead)
         gone = await self._erase(link, dead, "refused")
         await self._tell_void(link, gone)
@@ -593,7 +594,8 @@ class KeyManagementEntity:
     # -- the peer KME
 
     def admit_peer(self, peer: str) -> trio.Lock:
-        """Check that this is a peer of ours and within its rate; the lock is its turn."""
+        """Check that this is a peer KME within its rate. Returns the lock under which its messages
+        are processed."""
         link = self._links.get(peer)
         if link is None or peer == self.kme_id:
             raise self._unauthorized(peer, "no peer KME has that ID here")
@@ -614,7 +616,8 @@ class KeyManagementEntity:
             raise self._unauthorized(peer, "it draws for an SAE that is not among its saes here")
         if not message.slaves or not self.settings.saes.issuperset(message.slaves):
             raise ErrorResponse(400, "a target SAE is not registered at this KME")
-        # Our limits are for our SAEs; what the peer announces to its SAEs, we honour.
+        # Our limits apply to our SAEs; keys for the peer's SAEs follow the limits that it
+        # announces.
         if any(len(one.blocks) != self.limits.blocks(one.size * 8) for one in message.allotments):
             raise ErrorResponse(400, "a key has more or fewer blocks of key_size than it needs")
         if any(one.value is not None for one in message.allotments):
@@ -637,7 +640,7 @@ class KeyManagementEntity:
         link.note_gone(sum(len(one.blocks) for one in message.allotments))
 
     async def peer_voids(self, peer: str, key_ids: Sequence[str]) -> None:
-        """Erase what the peer KME will not use (void message)."""
+        """Erase keys that the peer KME will not use (void message)."""
         link = self._links.get(peer)
         if link is None:
             raise ErrorResponse(401, "Unauthorized")
@@ -650,7 +653,7 @@ class KeyManagementEntity:
         link.note_gone(len(erased))
 
     async def peer_checks(self, peer: str, key_ids: Sequence[str]) -> list[str]:
-        """Which of these blocks we lack (check message)."""
+        """Return those of these blocks that we lack (check message)."""
         if peer not in self._links:
             raise ErrorResponse(401, "Unauthorized")
         return await self._store.unknown(peer, key_ids)
@@ -658,8 +661,8 @@ class KeyManagementEntity:
     async def reconcile(self, target: str, *, grace: float) -> None:
         """Erase blocks that are older than ``grace`` seconds and that the peer KME lacks.
 
-        A crash leaves such blocks at the end of the link that was ahead; they would take the place
-        of keys that both ends have.
+        A crash leaves such blocks at the end of the link that was ahead; they would take up room
+        for keys that both ends have.
         """
         link = self._links[target]
         if link.peer is None:
@@ -687,7 +690,7 @@ class KeyManagementEntity:
     async def feed(self, target: str, producer: KeyProducer, *, shared: bool) -> None:
         """Take keys for a link from a producer, whenever there is room, until the producer ends.
 
-        ``shared``: the other KME gets the same keys from its own end of the link.
+        ``shared``: whether the peer KME gets the same keys from its own end of the link.
         """
         link = self._links[target]
         batches = aiter(producer)
@@ -764,7 +767,7 @@ class KeyManagementEntity:
             await self._reconcile_if_due(link)
 
     async def _settle(self, link: _Link) -> None:
-        """Count the keys that the store recorded as delivered though their request failed.
+        """Count the keys that the store recorded as delivered although their request failed.
 
         The others are still in stock: the peer KME, which promised them, refuses the next request.
         """
@@ -775,7 +778,7 @@ class KeyManagementEntity:
         await self._tell_void(link, blocks)
 
     def renew_soon(self) -> None:
-        """The sealing key may have changed: encrypt the stored keys under the current one."""
+        """Encrypt the stored keys under the current sealing key, which may have changed."""
         self._renewal.set()
 
     async def _renew_when_asked(self) -> None:
@@ -803,7 +806,7 @@ class KeyManagementEntity:
             return False
 
     async def _reconcile_if_due(self, link: _Link) -> None:
-        """Reconcile, unless another process that shares the store does or has."""
+        """Reconcile, unless another process that shares the store is doing it or has done it."""
         job = f"comparison with {link.target}"
         if not await self._store.claim(job, CHECK_LONGEST):
             return
@@ -824,7 +827,7 @@ async def _recorded(
     if not asked:
         return []
     found = await find(link.target, asked)
-    found = [one for one in found if one in unsettled]  # not erased and counted meanwhile
+    found = [one for one in found if one in unsettled]  # others were counted meanwhile
     unsettled.difference_update(asked)
     return found
 
@@ -840,7 +843,7 @@ async def _repeated(every: float, work: Callable[..., Awaitable[None]], *argumen
 def _assembled(
     found: Sequence[Material], per_key: int, size: int
 ) -> list[tuple[Allotment, Secret]]:
-    """Group blocks into keys; a key goes by value if the peer KME lacks one of its blocks."""
+    """Group blocks into keys; a key is sent by value if the peer KME lacks one of its blocks."""
     keys: list[tuple[Allotment, Secret]] = []
     for start in range(0, len(found), per_key):
         blocks = found[start : start + per_key]
@@ -853,7 +856,7 @@ def _assembled(
 
 @dataclass(frozen=True, kw_only=True)
 class LocalPeer:
-    """The other KME of a link, in this process."""
+    """The peer KME of a link, in this process."""
 
     own_id: str
     other: KeyManagementEntity

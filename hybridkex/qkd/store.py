@@ -49,11 +49,11 @@ from hybridkex.wire.codec import vector32
 
 NONCE_BYTES: Final = 12
 SEAL_BYTES: Final = NONCE_BYTES + 16
-"""By which a sealed key is longer than the key: its nonce and its tag."""
+"""The length of the nonce and the tag, by which a sealed key is longer than the key."""
 SEAL_KEY_BYTES: Final = 32
 
 EVERY_LINK: Final = "*"
-"""The scope of work that is the same for all links."""
+"""The scope of work on all links."""
 
 Position: TypeAlias = tuple[int, int]
 """The position of an iteration over the material of a link."""
@@ -125,7 +125,7 @@ class KeyStore(ABC):
     (unless it is :class:`OutcomeUnknown`), and leaves the store usable. A call whose caller is
     cancelled is either not begun or carried out to its end.
 
-    What a store decides is here; each database adds its transactions and its statements. In their
+    This class makes the decisions; each database adds its transactions and statements. In their
     methods, ``db`` carries out the statements of the transaction in progress.
     """
 
@@ -157,7 +157,8 @@ class KeyStore(ABC):
     async def reserve(
         self, link: str, number: int, *, half: int = 0, skip: Iterable[str] = ()
     ) -> list[Material]:
-        """Up to ``number`` keys of a link, oldest first, those of ``half`` before the others.
+        """Reserve up to ``number`` keys of a link, oldest first, those of ``half`` before the
+        others.
 
         They are reserved for the caller until :meth:`release` or :meth:`allot`. Keys in ``skip``
         are passed over.
@@ -181,7 +182,7 @@ class KeyStore(ABC):
     async def shared_ids(
         self, link: str, *, created_before: float, after: Position | None = None
     ) -> tuple[list[str], Position | None]:
-        """Some IDs of a link's shared material that is older than a time and not reserved.
+        """Return some IDs of a link's shared material that is older than a time and not reserved.
 
         Args:
             link: the ID of its peer KME.
@@ -222,7 +223,8 @@ class KeyStore(ABC):
     async def allot(
         self, link: str, allotments: Sequence[Allotment], *, master: str, slaves: Sequence[str] = ()
     ) -> None:
-        """Spend reserved blocks: ``master`` gets the keys now, ``slaves`` of this KME may later.
+        """Spend reserved blocks: ``master`` gets the keys now, ``slaves`` of this KME may collect
+        them later.
 
         Raises :class:`~hybridkex.errors.KeyConsumed` when a block is gone.
         """
@@ -248,7 +250,7 @@ class KeyStore(ABC):
         slaves: Sequence[str],
         peer_half: int = 0,
     ) -> None:
-        """Promise to ``slaves`` the keys that the peer KME reserves. All or nothing.
+        """Promise to ``slaves`` the keys that the peer KME reserves, all of them or none.
 
         A block that we have reserved goes to the peer only if it belongs to the peer's half.
 
@@ -278,14 +280,14 @@ class KeyStore(ABC):
         taken: Mapping[str, bytes],
         new: Iterable[str],
     ) -> list[Secret | None]:
-        """The keys of allotments; ``None`` if a block of one is gone, or missing and needed, or if
-        its blocks are too short for it.
+        """Return the keys of allotments, with ``None`` for a key of which a block is gone, is
+        missing and needed, or is too short.
 
         Args:
             link: whose material the blocks were.
-            allotments: what is asked for; a block that is listed twice is gone the second time.
+            allotments: the requested keys; a block that is listed twice is gone the second time.
             taken: the sealed blocks that this transaction has removed from the material.
-            new: the IDs that it has recorded as spent, and that were not before.
+            new: the IDs that it has newly recorded as spent.
 
         Raises ``cryptography.exceptions.InvalidTag``.
         """
@@ -329,7 +331,7 @@ class KeyStore(ABC):
     async def collect(
         self, link: str, key_ids: Sequence[str], *, slave: str, master: str
     ) -> list[tuple[str, Secret]]:
-        """Deliver to a slave, once, its copy of keys that ``master`` drew. All or nothing.
+        """Deliver to a slave, once, its copy of keys that ``master`` drew, all of them or none.
 
         Raises :class:`~hybridkex.errors.KeyUnknown`, ``KeyConsumed``, ``KeyExpired`` or
         ``KeyUnauthorized``.
@@ -339,7 +341,7 @@ class KeyStore(ABC):
             found = self._deliver(db, link, key_ids, slave, master)
             keys: list[tuple[str, Secret]] = []
             for key_id in key_ids:
-                if key_id not in found:  # or not any more: it is named twice
+                if key_id not in found:  # or no longer: the request names it twice
                     raise _refusal(key_id, self._ends(db, link, key_id, master), slave, master)
                 place = place_of("grant", link, key_id, master, slave)
                 keys.append((key_id, self._seal.open(found.pop(key_id), place)))
@@ -408,7 +410,7 @@ class KeyStore(ABC):
         return erased
 
     async def _all(self, part: Callable[[_Db, float], int], before: float) -> int:
-        """Call a method that erases at most ``PAGE`` rows until no rows are left for it."""
+        """Call a method that erases at most ``PAGE`` rows until it finds no more."""
         total, found = 0, self.PAGE
         while found == self.PAGE:
             found = await self._run(
@@ -419,18 +421,19 @@ class KeyStore(ABC):
 
     @abstractmethod
     async def claim(self, job: str, seconds: float) -> bool:
-        """Whether a job is due and the caller is to do it: one of those who share the store.
+        """Claim a job. Returns whether it is due and this caller must do it.
 
-        For ``seconds``, or until :meth:`settle`, no other caller gets the job.
+        For ``seconds``, or until :meth:`settle`, no other caller that shares the store gets the
+        job.
         """
 
     @abstractmethod
     async def settle(self, job: str, seconds: float) -> None:
-        """A job that was claimed is over; it is due again after ``seconds``."""
+        """End a claimed job, which is due again after ``seconds``."""
 
     @abstractmethod
     async def check(self) -> None:
-        """Do what a delivery does to the database, without an effect. Fails where that would."""
+        """Make a trial delivery without an effect. Fails where a delivery would fail."""
 
     @abstractmethod
     async def change_keys(self, seal_key: Secret, read_keys: Sequence[Secret] = ()) -> None:
@@ -444,7 +447,7 @@ class KeyStore(ABC):
     async def renew(self) -> bool:
         """Encrypt all keys under the current sealing key. Returns whether that is done.
 
-        Works in small transactions, and is to be called until it returns true.
+        Works in small transactions: call it until it returns true.
         """
 
     async def _renew_rows(self) -> int:
@@ -475,8 +478,8 @@ class KeyStore(ABC):
 
     @abstractmethod
     async def tidy(self) -> None:
-        """Remove from the disk what is left of keys that had left the database when this method was
-        called the last time. To be called again and again."""
+        """Remove from the disk the traces of keys that had left the database before the previous
+        call. Call it periodically."""
 
     @abstractmethod
     def close(self) -> None:
@@ -500,8 +503,8 @@ class KeyStore(ABC):
     ) -> T:
         """Run a transaction that sees and changes rows of one link, or of :data:`EVERY_LINK`.
 
-        ``size``: the number of keys that it changes. ``sae``: the only one that can be delivered a
-        key.
+        ``size``: the number of keys that it changes. ``sae``: the only SAE that it can deliver keys
+        to.
         """
 
     @abstractmethod
@@ -512,7 +515,7 @@ class KeyStore(ABC):
     def _add_material(
         self, db: _Db, link: str, rows: Sequence[tuple[str, int, bytes]], shared: bool
     ) -> None:
-        """Add keys, each an ID, its half and the sealed key, except those that are here."""
+        """Add keys, each an ID, its half and the sealed key, except those that exist."""
 
     @abstractmethod
     def _sizes(self, db: _Db, link: str) -> tuple[int, int]:
@@ -538,12 +541,13 @@ class KeyStore(ABC):
 
     @abstractmethod
     def _end_reservations(self, link: str, key_ids: Iterable[str]) -> None:
-        """Called after a transaction that has taken what was reserved: one that fails ends none,
-        or the caller's release would end that of the next who reserves them."""
+        """End reservations after a transaction that has taken the reserved keys. A transaction that
+        fails must not end any: the caller's release could then end the next caller's
+        reservation."""
 
     @abstractmethod
     def _spend(self, db: _Db, link: str, key_ids: Iterable[str]) -> set[str]:
-        """Record IDs as spent. Returns those that were not: an ID is among them once only."""
+        """Record IDs as spent. Returns those that were not spent before, each ID once."""
 
     @abstractmethod
     def _add_grants(
@@ -555,11 +559,12 @@ class KeyStore(ABC):
     def _deliver(
         self, db: _Db, link: str, key_ids: Sequence[str], slave: str, master: str
     ) -> dict[str, bytes]:
-        """Erase the promises that have not ended, as delivered. Returns the sealed keys."""
+        """Erase promises that have not ended, and record them as delivered. Returns the sealed
+        keys."""
 
     @abstractmethod
     def _ends(self, db: _Db, link: str, key_id: str, master: str) -> dict[str, str | None]:
-        """For each slave, how its promise of a key has ended; ``None``: not yet."""
+        """For each slave, how its promise of a key has ended; ``None`` if it has not."""
 
     @abstractmethod
     def _void_grants(self, db: _Db, link: str, key_ids: Sequence[str]) -> set[str]:
@@ -687,8 +692,8 @@ class Seal:
         return self._opened(sealed, place)[1]
 
     def renewed(self, sealed: bytes, place: bytes) -> bytes | None:
-        """The same key under the first of our keys; ``None`` if it is, or cannot be opened: a
-        damaged key is erased when its turn comes."""
+        """Encrypt the same key under the first of our keys. Returns ``None`` if it is already, or
+        if it cannot be decrypted: a damaged key is erased when it is used."""
         try:
             number, key = self._opened(sealed, place)
         except InvalidTag:
@@ -696,14 +701,14 @@ class Seal:
         return None if number == 0 else self.seal(key, place)
 
     def number(self, sealed: bytes, place: bytes) -> int | None:
-        """Which of our keys opens this, counted from 0; ``None``: no one does."""
+        """Return the index of our key that decrypts this; ``None`` if none does."""
         try:
             return self._opened(sealed, place)[0]
         except (InvalidTag, ValueError):
             return None
 
     def preferring(self, number: int) -> "Seal":
-        """The same keys, of which this one encrypts."""
+        """Return the same keys, with this one for encrypting."""
         other = copy(self)
         other._ciphers = (self._ciphers[number], *self._ciphers)
         return other
@@ -734,10 +739,10 @@ class SealRecord:
         return cls(current=seal.seal(_CHECK, place))
 
     def settled(self, seal: Seal, place: bytes, store: str) -> "tuple[Seal, SealRecord]":
-        """The keys in the order in which a process uses them, and the record after that.
+        """Return the keys in the order in which a process uses them, and the new record.
 
-        A key file that is new to the store replaces the current one. One that was replaced before
-        is not taken up again: the configuration of that process is behind that of another.
+        A key file that is new to the store replaces the current one. A key file that was replaced
+        before does not come back: the configuration of that process is out of date.
 
         Args:
             seal: the keys of the process.

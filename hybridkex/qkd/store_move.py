@@ -1,7 +1,7 @@
 """Moves the keys of a store in SQLite into a new one in PostgreSQL.
 
-The order of the steps is what keeps a key from being delivered by both, or by none, wherever the
-move is interrupted:
+Because of the order of the steps, no key is delivered by both stores or by none, wherever the move
+is interrupted:
 
 1. the database gets its tables and records whose keys it will have: it takes no others, and cannot
    be put into service yet;

@@ -1,6 +1,6 @@
 """The engine, in the style of h11: bytes in, events out, bytes out.
 
-``receive_data`` takes bytes from the transport, ``next_event`` returns what they mean, and
+``receive_data`` takes bytes from the transport, ``next_event`` returns the events in them, and
 ``data_to_send`` returns the bytes for the transport. Nothing here blocks or does I/O. After an
 error every later call raises, and ``data_to_send`` still returns the alert for the peer.
 """
@@ -37,7 +37,7 @@ from hybridkex.wire.messages import decode
 from hybridkex.wire.update_messages import PadKey
 
 _MAX_WARNINGS = 4
-"""The number of ``user_canceled`` alerts that are ignored; more of them are an attack or a bug."""
+"""The number of ``user_canceled`` alerts to ignore; more of them are an attack or a bug."""
 
 State = client.ClientState | server.ServerState | ClientTraffic | ServerTraffic
 E = TypeVar("E", bound=BaseException)
@@ -59,9 +59,9 @@ class Connection:
     def __init__(self, records: RecordLayer) -> None:
         self._records = records
         self._state: State | None = None
-        # A copy: the error refers to its traceback, the traceback to our frames, and these to us,
-        # so that the keys of a failed connection would stay in memory until the garbage collector
-        # runs.
+        # A copy: the error refers to its traceback, the traceback to our frames, and the frames to
+        # this object, so that the keys of a failed connection would stay in memory until the
+        # garbage collector runs.
         self._error: HybridkexError | None = None
         self._session: Session | None = None
         """The session of a connection that has been released."""
@@ -95,8 +95,8 @@ class Connection:
             raise self._ended_by(TruncationError())
         raise self._ended_by(
             TruncationError(
-                "the other end closed the connection during the handshake; its log, or that of a "
-                "proxy on the path, may say why"
+                "the other end closed the connection during the handshake; see its log, or the log "
+                "of a proxy on the path"
             )
         )
 
@@ -127,8 +127,8 @@ class Connection:
 
     @property
     def has_unread(self) -> bool:
-        """Whether there are received bytes that have not become an event, or an event that
-        :meth:`next_event` has not returned."""
+        """Whether received bytes wait to become an event, or an event waits for
+        :meth:`next_event`."""
         return bool(self._records.events) or self._records.reader.has_unread
 
     @property
@@ -138,7 +138,8 @@ class Connection:
         return isinstance(self._state, _TRAFFIC) and self._state.update_wanted
 
     def next_event(self) -> Event | None:
-        """The next event, or ``None`` until the caller provides more bytes, a PSK or a decision.
+        """Return the next event, or ``None`` until the caller provides more bytes, a PSK or a
+        decision.
 
         Raises:
             PeerError: the peer broke the protocol or was refused; the alert is in ``data_to_send``.
@@ -184,7 +185,7 @@ class Connection:
         self._enter(state.handle(decode(raw), raw, self._records))
 
     def _enter(self, state: State) -> None:
-        """Go on to the next state, which must be one that the table has."""
+        """Enter the next state, which the table must allow."""
         before = self._state
         allowed = self._first if before is None else _STEPS[type(before)].then
         if type(state) not in allowed:
@@ -215,10 +216,10 @@ class Connection:
             raise self._ended_by(AlertReceived(alert.description))
 
     def _ended(self) -> None:
-        """The peer has ended the handshake."""
+        """Handle the end of the handshake by the peer."""
 
     def _ended_by(self, error: HybridkexError) -> HybridkexError:
-        """Nothing is received or sent any more."""
+        """End receiving and sending, for this reason; returns it."""
         self._error = _without_traceback(error)
         self._open_one = self._seal_one = None
         self._erase_pad()
@@ -227,7 +228,7 @@ class Connection:
         return error
 
     def _erase_pad(self) -> None:
-        """Nothing is received any more."""
+        """Erase the pad for receiving, when no more data is received."""
         if self._records.reader.pad is not None:
             self._records.reader.pad.erase()
 
@@ -246,11 +247,12 @@ class Connection:
         if view:
             state.send_data(view, self._records)
             if self._records.events:
-                # An update of our key is due, which receive_record would skip.
+                # A key update is due, and receive_record would not return its event.
                 self._open_one = None
 
     def seal_record(self, data: bytes) -> bytes | None:
-        """The record of a short message: :meth:`send_data` and :meth:`data_to_send` in one call.
+        """Make the record of a short message: :meth:`send_data` and :meth:`data_to_send` in one
+        call.
 
         Returns:
             The bytes for the transport, or ``None`` if ``data`` is not short or the engine has more
@@ -285,7 +287,7 @@ class Connection:
             raise
 
     def accept(self, session: Session | None = None) -> None:
-        """Answer the event ``SessionProposed``: the handshake completes.
+        """Answer the event ``SessionProposed``, so that the handshake completes.
 
         Args:
             session: the proposed session, completed by the caller (with the QKD keys, for example);
@@ -318,8 +320,8 @@ class Connection:
             why: the trigger, for :attr:`~hybridkex.tls.epochs.Epoch.why`.
 
         Raises:
-            LocalStateError: it was not negotiated, another one is under way, a direction of the
-                connection is closed, or a QKD key is missing or not allowed.
+            LocalStateError: Extended Key Update was not negotiated, an update is under way, a
+                direction of the connection is closed, or a QKD key is missing or not allowed.
         """
         updates = self._updates(
             "a key update can start only after the handshake and before the connection is closed"
@@ -336,7 +338,7 @@ class Connection:
         """Answer the event ``UpdateKeyWanted`` with the key, or with ``None`` and the reason.
 
         Raises:
-            LocalStateError: no key is wanted, or this is another one.
+            LocalStateError: no key is wanted, or the key is not the wanted one.
             PeerError: the peer's key share is invalid.
         """
         updates = self._updates("no key is wanted for a key update")
@@ -436,7 +438,7 @@ class Connection:
     def abort(self, error: PeerError) -> None:
         """End the connection for a reason of the caller, and queue its alert.
 
-        A caller also refuses a proposed session in this way.
+        This also refuses a proposed session.
         """
         if self._error is None:
             self._fail(error)
@@ -448,7 +450,7 @@ class Connection:
         return error
 
     def release(self) -> None:
-        """Discard all keys: the connection has failed, or its transport is closed.
+        """Discard all keys, after the connection has failed or its transport was closed.
 
         A program may keep the object of a closed connection for a long time. Only :attr:`session`,
         :attr:`pad`, :attr:`close_sent` and :attr:`close_received` remain; everything else raises
@@ -483,7 +485,7 @@ class Connection:
         """The bytes after the peer's close_notify, which are not TLS."""
         return self._records.reader.incoming.drain() if self._close_received else b""
 
-    # --- what it is ---------------------------------------------------------------------------
+    # --- properties ---------------------------------------------------------------------------
 
     @property
     def handshake_complete(self) -> bool:
@@ -507,7 +509,7 @@ class Connection:
 
     @property
     def session(self) -> Session:
-        """The session: where the keys of this connection come from, and who the peer is.
+        """The properties of the connection: where its keys come from, and who the peer is.
 
         Raises:
             LocalStateError: the handshake is not complete.
@@ -515,7 +517,7 @@ class Connection:
         return self._connected().session if self._session is None else self._session
 
     def export(self, label: bytes, context: bytes, length: int) -> Secret:
-        """Exported keying material for an application protocol: ``length`` bytes (section 7.5)."""
+        """Export ``length`` bytes of keying material for an application protocol (section 7.5)."""
         return self._connected().exporter.export(label, context, length)
 
     def export_fresh(self, label: bytes, context: bytes, length: int) -> Secret:
@@ -599,7 +601,7 @@ class ServerConnection(Connection):
 def connection_for(
     config: ClientConfig | ServerConfig, server_hostname: str | None
 ) -> ClientConnection | ServerConnection:
-    """The engine of the role that a configuration is for.
+    """Make the engine of the role that a configuration is for.
 
     Raises:
         ConfigError: ``config`` is not a configuration, or ``server_hostname`` is given for a

@@ -24,7 +24,7 @@ MAX_TICKET_LIFETIME: Final = 7 * 24 * 3600
 
 
 class AuthenticatedBy(Enum):
-    """The authentication of the server, and also of the client if there is a PSK."""
+    """What authenticated the server, and also the client if there is a PSK."""
 
     CERTIFICATE = "certificate"
     PSK = "psk"
@@ -86,11 +86,11 @@ class Session:
     """Whether application data is protected by a one-time pad of QKD keys, as both sides have
     agreed."""
     epochs: tuple[Epoch, ...] = ()
-    """The epochs of the key updates so far, the last 64 of them; KeyUpdate makes none."""
+    """The epochs of the last 64 Extended Key Updates; a KeyUpdate begins no epoch."""
 
     @property
     def epoch(self) -> int:
-        """The epoch of the keys in use; the handshake makes epoch 0."""
+        """The epoch of the keys in use; the handshake begins epoch 0."""
         return self.epochs[-1].number if self.epochs else 0
 
     @property
@@ -179,7 +179,7 @@ class Session:
         if self.key_updates is KeyUpdates.STANDARD:
             if self.policy.fresh_keys in (None, Requirement.OFF):
                 return []
-            return ["  NO FRESH KEYS: the peer knows KeyUpdate alone"]
+            return ["  NO FRESH KEYS: the peer supports only KeyUpdate"]
         line = f"  fresh keys:    epoch {self.epoch}"
         if self.epochs:
             last = self.epochs[-1]
@@ -216,8 +216,8 @@ class SessionTicket:
     began_at: float
     """The time of the full handshake, in seconds since the epoch."""
     binding: bytes
-    """The binding of the session: a hash of the policy, the PSKs and the identity that it was made
-    with."""
+    """The binding of the session: a hash of the policy, the PSKs and the identity of its
+    configuration."""
     certificate_type: int = CertificateType.X509
     """The type of :attr:`chain`: certificates, or one raw public key."""
 
@@ -242,7 +242,7 @@ class TicketStore(Protocol):
         """Store a ticket for this server."""
 
     def take(self, server: str, binding: bytes | None = None) -> SessionTicket | None:
-        """The newest usable ticket for this server; it is removed from the store.
+        """Remove and return the newest usable ticket for this server.
 
         Args:
             binding: only tickets with this binding; others stay. ``None`` takes any.
@@ -255,11 +255,11 @@ class FlushableTicketStore(Protocol):
 
     def flush(self) -> None:
         """Write what has changed. Called in a worker thread: before a ClientHello is sent, after
-        the handshake, and after a ticket has come.
+        the handshake, and after a ticket was received.
 
         Raises:
-            ConfigError: the file cannot be written and may still have a ticket that was taken. The
-                handshake fails, since that ticket could be used twice.
+            ConfigError: the file cannot be written, and may still contain a ticket that was taken.
+                The handshake fails, since that ticket could be used twice.
         """
 
 

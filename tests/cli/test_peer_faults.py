@@ -226,7 +226,7 @@ def test_a_proxy_with_nothing_behind_it(hybridkex: Forkserver, place: Path) -> N
     with somebody(hears_and_closes) as port:
         groups = ("--groups", "X25519MLKEM768,x25519")
         done = hybridkex.run("connect", "localhost", port, *CA, *groups, folder=place)
-    assert "closed the connection during the handshake; its log, or" in one_line(done.stderr)
+    assert "closed the connection during the handshake; see its log, or" in one_line(done.stderr)
 
 
 CUT = "the other end cut the connection (Connection reset by peer): its log may say why"

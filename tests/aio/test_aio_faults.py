@@ -1228,7 +1228,7 @@ async def survive(client_config: ClientConfig, server_config: ServerConfig, numb
         blocks, descriptors = await left()
         await strangers(port, client_config, number)
         blocks_now, descriptors_now = await left()
-        assert blocks_now - blocks < 1000
+        assert blocks_now - blocks < 200 + number * 0.08  # 150 without a leak, whatever the number
         assert descriptors_now == descriptors
         reader, writer = await connect(port, client_config)
         writer.write(b"still here")
@@ -1243,10 +1243,19 @@ def test_strangers(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("run", "sample"), [("asyncio", 10_000), ("uvloop", 2_000)], indirect=["run"]
+)
 def test_ten_thousand_strangers(
-    run: Run, client_config: ClientConfig, server_config: ServerConfig, no_log: None
+    run: Run,
+    client_config: ClientConfig,
+    server_config: ServerConfig,
+    no_log: None,
+    sample: int,
+    thorough: bool,
 ) -> None:
-    run(survive(client_config, server_config, 10_000), debug=False)
+    """On uvloop, a fifth of them without ``--thorough``."""
+    run(survive(client_config, server_config, 10_000 if thorough else sample), debug=False)
 
 
 Step = Callable[[], None]

@@ -168,16 +168,29 @@ def flips(length: int, dense: int, sampled: int) -> Iterator[tuple[int, int]]:
         yield index, 1 << (index * 5 + length) % 8
 
 
+HELLOS = (HandshakeType.CLIENT_HELLO, HandshakeType.SERVER_HELLO)
+SIGNED = (HandshakeType.CERTIFICATE, HandshakeType.CERTIFICATE_VERIFY)
+OWN = dict.fromkeys(NAMES, HELLOS) | {
+    "mutual": tuple(HandshakeType),
+    "rsa": SIGNED,
+    "mldsa": SIGNED,
+}
+"""The messages in which each handshake differs from the first."""
+
+
 @pytest.mark.parametrize("who", ["client", "server"])
 @pytest.mark.parametrize("name", NAMES)
 def test_any_flipped_byte_of_any_message(name: str, who: str, thorough: bool) -> None:
-    """Every byte of every message, one bit of it; without ``--thorough``, 60 bytes of each message
-    behind the first 500, where keys and signatures of ML-DSA and RSA are, or behind the first 100
-    of a Certificate. tests/auth/test_auth_verify.py flips every byte of a certificate."""
+    """Every byte of every message, one bit of it. Without ``--thorough``: of the messages in which
+    a handshake differs from the others the first 250 bytes (of a Certificate 100), of the others
+    eight, and of all some of the bytes behind them, where keys, names and signatures are.
+    tests/auth/test_auth_verify.py flips every byte of a certificate."""
     tried = 0
     for number, raw in enumerate(messages(name)[who]):
-        usual = 100 if raw[0] == HandshakeType.CERTIFICATE else 500
-        for index, bit in flips(len(raw), len(raw) if thorough else usual, 60):
+        dense, sampled = (250, 60) if raw[0] in OWN[name] else (8, 20)
+        if raw[0] == HandshakeType.CERTIFICATE:
+            dense = min(dense, 100)
+        for index, bit in flips(len(raw), len(raw) if thorough else dense, sampled):
 
             def flip(raw: bytes, index: int = index, bit: int = bit) -> list[bytes]:
                 if index >= len(raw):

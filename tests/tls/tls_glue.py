@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from hybridkex.auth import Refreshable
 from hybridkex.crypto.psk import ExternalPsk
 from hybridkex.errors import AlertReceived, LocalStateError, PeerError, TruncationError
 from hybridkex.tls.config import ClientConfig, ServerConfig
@@ -78,8 +77,9 @@ class Pair:
         on_wire: OnWire | None = None,
     ) -> "Pair":
         for verifier in (client.verifier, server.client_verifier):
-            if isinstance(verifier, Refreshable):  # as a shell does
-                verifier.refresh()
+            refresh = getattr(verifier, "refresh", None)
+            if refresh is not None:  # as a shell does
+                refresh()
         return cls(ClientConnection(client, name), ServerConnection(server), lookup, on_wire)
 
     @property

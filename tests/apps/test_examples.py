@@ -354,6 +354,7 @@ def test_applications_use_what_is_public() -> None:
     shared = (
         "hybridkex.apps",
         "hybridkex.net",
+        "hybridkex.extras",
         "hybridkex.files",
         "hybridkex.text",
         "hybridkex.machine",

@@ -67,9 +67,6 @@ from hybridkex.secret import Secret
 
 TIMEOUT: Final = 60.0
 """Seconds that a party waits for a message."""
-LONG_KEY: Final = 1 << 16
-"""Bits of a key for which each step of the error correction has a worker thread. A step for a
-shorter key takes less time than the change of threads, at several hundred steps a block."""
 
 Bits = NDArray[np.uint8]
 
@@ -214,7 +211,6 @@ class _Outcome:
 
 
 L = TypeVar("L")
-T = TypeVar("T")
 
 
 class _Party(Generic[L]):
@@ -619,8 +615,9 @@ class Alice(_Party[PulseRecord]):
 
     async def _correct(self, sifted: _Sifted) -> _Corrected:
         """Answer Bob's requests."""
-        respond = self._settings.reconciler.respond
-        responder = await _step(sifted.key, respond, sifted.key, sifted.counts.test_error_rate)
+        responder = await in_thread(
+            self._settings.reconciler.respond, sifted.key, sifted.counts.test_error_rate
+        )
         rounds = 0
         while True:
             kind, body = await self._channel.receive_one_of(wire.Type.ASK, wire.Type.CORRECTED)
@@ -628,7 +625,7 @@ class Alice(_Party[PulseRecord]):
                 await self._committed()
             if kind is wire.Type.CORRECTED:
                 break
-            answer = await _step(sifted.key, responder.answer, body)
+            answer = await in_thread(responder.answer, body)
             rounds += 1
             await self._channel.send(wire.Answer(answer))
         tells = self._settings.proof.uses_key_errors
@@ -717,12 +714,12 @@ class Bob(_Party[Detector]):
                 correction = end.value
                 return None
 
-        request = await _step(before, step, None)
+        request = await in_thread(step, None)
         await self._committed()
         while request is not None:
             rounds += 1
             await self._channel.send(wire.Request(request))
-            request = await _step(before, step, await self._channel.receive(wire.Type.TELL))
+            request = await in_thread(step, await self._channel.receive(wire.Type.TELL))
         assert correction is not None
         wrong = sifted.intensity[before != sifted.key]
         errors = tuple(map(int, np.bincount(wrong, minlength=len(sifted.counts.key))))
@@ -735,10 +732,3 @@ class Bob(_Party[Detector]):
             rounds=rounds,
             errors=errors,
         )
-
-
-async def _step(key: Bits, function: Callable[..., T], *arguments: Any) -> T:
-    """The result of a step of the error correction of this key."""
-    if len(key) < LONG_KEY:
-        return function(*arguments)
-    return await in_thread(function, *arguments)

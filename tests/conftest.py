@@ -18,7 +18,7 @@ from forked import Forkserver
 from hypothesis import settings
 
 from hybridkex.auth.dev_ca import DevCa, write_identity
-from hybridkex.qkd.sqlite_store import SqliteKeyStore
+from hybridkex.qkd import sqlite_file
 
 _BOUNDED = [f"hybridkex.{name}" for name in ("aio.channel", "anyio", "net.http")]
 _BOUNDED += ["hybridkex.shell.key_renewer", "hybridkex.shell.pad_filler"]
@@ -79,13 +79,7 @@ def _leave_data_to_the_system() -> None:
         os.fstat(file)
 
     os.fsync = check_only
-    prepare = SqliteKeyStore._prepare
-
-    def prepare_and_relax(store: SqliteKeyStore) -> None:
-        prepare(store)
-        store._db.execute("PRAGMA synchronous=OFF")
-
-    SqliteKeyStore._prepare = prepare_and_relax  # type: ignore[method-assign]
+    sqlite_file.SYNCHRONOUS = "OFF"  # type: ignore[misc]
 
 
 def _heed_signals() -> None:

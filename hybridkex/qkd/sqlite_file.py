@@ -13,6 +13,8 @@ from hybridkex.machine import reason
 
 LOCK_SECONDS: Final = 0.1
 """Seconds to wait for the lock: another process may read the file for a moment."""
+SYNCHRONOUS: Final = "FULL"
+"""A transaction has ended when it is on the disk."""
 
 _LOG: Final = "-wal"
 _BESIDE: Final = (_LOG, "-journal", "-shm")
@@ -120,6 +122,7 @@ def use_log(db: sqlite3.Connection, path: Path) -> None:
         ConfigError: another user has put a file there.
         sqlite3.Error: it cannot be used.
     """
+    db.execute(f"PRAGMA synchronous={SYNCHRONOUS}")
     db.execute("PRAGMA journal_mode=WAL")
     try:
         make_private(f"{path.resolve()}{_LOG}")

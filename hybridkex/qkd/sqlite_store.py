@@ -216,7 +216,6 @@ class SqliteKeyStore(KeyStore):
             self._seal, record = self._settled(self._seal)
         # The file is ours: now it may change.
         use_log(self._db, self._path)
-        self._db.execute("PRAGMA synchronous=FULL")
         self._db.execute("PRAGMA secure_delete=ON")
         self._db.execute(f"PRAGMA wal_autocheckpoint={WAL_PAGES}")
         self._db.execute(f"PRAGMA cache_size=-{CACHE_KIB}")

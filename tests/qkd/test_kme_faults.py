@@ -106,7 +106,6 @@ class Site:
     def start(self) -> None:
         world = self.world
         self.store = SqliteKeyStore(world.folder / f"{self.id}.db", Secret(bytes(32)))
-        self.store._db.execute("PRAGMA synchronous=OFF")  # the process stops, not the machine
         self.disk = FailingDisk(self.store._db, world.choice)
         self.store._db = self.disk  # type: ignore[assignment]
         other = OTHER[self.id]

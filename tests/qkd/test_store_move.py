@@ -323,6 +323,9 @@ def test_the_five_lines_of_the_manual(
     folder = site.holder("kme-a")
     write_key_file(folder / "store.key")
     (folder / "kme.toml").write_text(CONFIG)
+    password = folder / "pgpass"
+    password.write_text("localhost:5432:kme_a:kme_a:PASSWORD\n")
+    password.chmod(0o600)
     where: dict[str, Any] = {"folder": folder, "environment": {"PGPORT": str(postgres.port)}}
     server = hybridkex.start("kme", "serve", "kme.toml", **where)
 
@@ -351,7 +354,8 @@ def test_the_five_lines_of_the_manual(
                 if "migrate" in words:
                     assert b"256 keys and 0 promised" in done.stdout
             case _:
-                subprocess.run(["bash", "-ec", line], check=True, cwd=folder, env={"PATH": path})
+                here = line.replace("/etc/hybridkex", str(folder))
+                subprocess.run(["bash", "-ec", here], check=True, cwd=folder, env={"PATH": path})
     until(lambda: b"listens" in server.said() and stored() == 256, server)
     server.send_signal(signal.SIGTERM)
     assert server.wait() == 0

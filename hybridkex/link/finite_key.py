@@ -27,7 +27,6 @@ from hybridkex.link.ranges import MOST_EVENTS, check_ranges, instance, one_of, w
 from hybridkex.link.statistics import (
     binary_entropy,
     lower_of_mean,
-    mean_upper,
     trials_upper,
     unseen_errors,
     upper_of_mean,
@@ -263,7 +262,8 @@ class Tight:
             return 0.5
         if self.smooth:
             rate = max(0.0, wrong) / single_test
-            most = mean_upper(max(0.0, wrong), single_test, self._share(security) ** 2)
+            nats = -2.0 * math.log(self._share(security))
+            most = upper_of_mean(max(0.0, wrong), single_test, nats)
             gap = (most / single_test - rate) * math.sqrt((single + single_test) / single)
             return min(0.5, rate + gap)
         most = unseen_errors(key, test, math.floor(max(0.0, wrong)), self._share(security) ** 2)
@@ -300,12 +300,11 @@ def _scales(transmitter: Transmitter) -> list[float]:
     return [math.exp(k) / p for k, p in pairs]
 
 
-def _photon_number_probability(transmitter: Transmitter, photons: int) -> float:
-    """tau_n: the probability that Alice sends n photons, over all intensities."""
-    return sum(
-        p * math.exp(-k) * k**photons / math.factorial(photons)
-        for k, p in zip(transmitter.intensities, transmitter.probabilities, strict=True)
-    )
+def _empty_and_single(transmitter: Transmitter) -> tuple[float, float]:
+    """tau_0 and tau_1: the probabilities that Alice sends no photon and one."""
+    pairs = zip(transmitter.intensities, transmitter.probabilities, strict=True)
+    empty = [(k, p * math.exp(-k)) for k, p in pairs]
+    return sum([p for _, p in empty]), sum([k * p for k, p in empty])
 
 
 @dataclass(frozen=True)
@@ -331,13 +330,13 @@ class _DecoyProof:
         _check(counts, security, leak)
         if len(counts.key) != self.intensities:
             raise ConfigError(f"this proof needs counts of {self.intensities} intensities")
-        vacuum, single = self._photons(source, counts.key, counts.key_errors, security)
-        _, single_test = self._photons(source, counts.test, counts.test_errors, security)
+        sent = _empty_and_single(source)
+        vacuum, single = self._photons(source, sent, counts.key, counts.key_errors, security)
+        _, single_test = self._photons(source, sent, counts.test, counts.test_errors, security)
         wrong = self.statistics.expectations(source, counts.test_errors, security)
         brighter, dimmer = self.signal, self.signal + 1
         difference = source.intensities[brighter] - source.intensities[dimmer]
-        tau_1 = _photon_number_probability(source, 1)
-        errors = tau_1 * (wrong.upper(brighter) - wrong.lower(dimmer)) / difference
+        errors = sent[1] * (wrong.upper(brighter) - wrong.lower(dimmer)) / difference
         phase_error = 0.5
         if single > 0.0 and single_test > 0.0:
             phase_error = self.statistics.phase_error(errors, single_test, single, security)
@@ -355,9 +354,17 @@ class _DecoyProof:
         )
 
     def _photons(
-        self, source: Transmitter, counts: _Numbers, errors: _Numbers, security: Security
+        self,
+        source: Transmitter,
+        sent: tuple[float, float],
+        counts: _Numbers,
+        errors: _Numbers,
+        security: Security,
     ) -> tuple[float, float]:
-        """Lower bounds on the vacuum and single-photon detections of one basis."""
+        """Lower bounds on the vacuum and single-photon detections of one basis.
+
+        ``sent``: see :func:`_empty_and_single`.
+        """
         raise NotImplementedError
 
 
@@ -370,11 +377,16 @@ class TwoDecoys(_DecoyProof):
     signal: ClassVar[int] = 1
 
     def _photons(
-        self, source: Transmitter, counts: _Numbers, errors: _Numbers, security: Security
+        self,
+        source: Transmitter,
+        sent: tuple[float, float],
+        counts: _Numbers,
+        errors: _Numbers,
+        security: Security,
     ) -> tuple[float, float]:
         """s_0 (eq. 2) and s_1 (eq. 3)."""
         mu_1, mu_2, mu_3 = source.intensities
-        tau_0, tau_1 = (_photon_number_probability(source, n) for n in (0, 1))
+        tau_0, tau_1 = sent
         n = self.statistics.expectations(source, counts, security)
         vacuum = max(0.0, tau_0 * (mu_2 * n.lower(2) - mu_3 * n.upper(1)) / (mu_2 - mu_3))
         ratio = (mu_2**2 - mu_3**2) / mu_1**2
@@ -392,11 +404,16 @@ class OneDecoy(_DecoyProof):
     signal: ClassVar[int] = 0
 
     def _photons(
-        self, source: Transmitter, counts: _Numbers, errors: _Numbers, security: Security
+        self,
+        source: Transmitter,
+        sent: tuple[float, float],
+        counts: _Numbers,
+        errors: _Numbers,
+        security: Security,
     ) -> tuple[float, float]:
         """s_0 (eq. 2) and s_1 (eq. 3), the upper bound on s_0 by eq. 5."""
         mu_1, mu_2 = source.intensities
-        tau_0, tau_1 = (_photon_number_probability(source, n) for n in (0, 1))
+        tau_0, tau_1 = sent
         n = self.statistics.expectations(source, counts, security)
         wrong = self.statistics.expectations(source, errors, security)
         dim, bright = n.lower(1), n.upper(0)

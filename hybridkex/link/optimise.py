@@ -35,7 +35,7 @@ DETECTIONS_PER_BIT: Final = 25.0
 """Most detections for one bit of the key basis: rarer key bases are not tried."""
 
 RESTARTS: Final = 5
-"""The most restarts of the search from its result; it ends when one gives no better rate."""
+"""The most restarts of the best search from its result; it ends when one gives no better rate."""
 ROUGH: Final = 1e-3
 """The tolerance of the searches from the starting points, of which the best one goes on."""
 NO_KEY: Final = 100.0
@@ -167,7 +167,7 @@ def _free(settings: tuple[float, ...], pairs: bool) -> NDArray[np.float64]:
     return numbers
 
 
-def optimise(  # noqa: C901, PLR0913  # keywords with defaults; one search
+def optimise(  # noqa: PLR0913  # keywords with defaults; one search
     channel: Channel,
     *,
     key_detections: float,
@@ -212,35 +212,26 @@ def optimise(  # noqa: C901, PLR0913  # keywords with defaults; one search
         # Where there is no key, less of a debt is better, so that the search finds its way out.
         return -math.log(length.real / pulses) if length.real > 0 else NO_KEY - length.real / pulses
 
-    def search(
-        start: NDArray[np.float64], tolerance: float = tolerance
-    ) -> tuple[float, NDArray[np.float64]]:
+    def search(start: NDArray[np.float64], tolerance: float) -> tuple[float, NDArray[np.float64]]:
         from scipy.optimize import minimize  # noqa: PLC0415  # 0.3 s, and few processes search
 
         options = {"maxiter": 1500, "xatol": 0.3 * math.sqrt(tolerance), "fatol": tolerance}
         found = minimize(loss, start, method="Nelder-Mead", options=options)
         return float(found.fun), found.x
 
-    def arrive(
-        start: NDArray[np.float64], tolerance: float = tolerance
-    ) -> tuple[float, NDArray[np.float64]]:
-        least, best = search(start, tolerance)
-        if least >= NO_KEY:  # nearly flat, so that a rough search ends at once
-            least, best = search(best)
-        for _ in range(RESTARTS):  # a simplex may shrink before it has arrived
-            before, (least, best) = least, search(best, tolerance)
-            if before - least < 100.0 * tolerance:
-                break
-        return least, best
+    def roughly(start: tuple[float, ...]) -> tuple[float, NDArray[np.float64]]:
+        least, best = search(_free(start, pairs is not None), max(ROUGH, tolerance))
+        # Where there is no key, it is nearly flat, so that a rough search ends at once.
+        return search(best, tolerance) if least >= NO_KEY else (least, best)
 
     starts = STARTS[0 if pairs else intensities] if near is None else (_start(near),)
     if pairs is None and channel.gain(0.5) * channel.dead_pulses > 0.5:
         starts += DEAD_STARTS[intensities]
-    rough = max(ROUGH, tolerance)
-    _, best = min(
-        (arrive(_free(start, pairs is not None), rough) for start in starts), key=lambda one: one[0]
-    )
-    _, best = arrive(best)
+    least, best = min((roughly(start) for start in starts), key=lambda one: one[0])
+    for _ in range(1 + RESTARTS):  # a simplex may shrink before it has arrived
+        before, (least, best) = least, search(best, tolerance)
+        if before - least < 100.0 * tolerance:
+            break
     transmitter = _source(best, pairs)
     length, pulses = expected(transmitter, smooth=False)
     if length.real <= 0.0:

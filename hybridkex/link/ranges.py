@@ -60,7 +60,10 @@ def within(name: str, value: Any, least: float, most: float) -> Any:
 
 def within_all(name: str, values: Any, least: float, most: float) -> tuple[Any, ...]:
     """The numbers in a setting that takes several. Raises ``ConfigError``."""
-    return tuple([within(name, one, least, most) for one in listed(name, values)])
+    given = listed(name, values)
+    if all(type(one) is float and least <= one <= most for one in given):
+        return given
+    return tuple([within(name, one, least, most) for one in given])
 
 
 def whole(name: str, value: Any) -> int:

@@ -64,7 +64,7 @@ ALLOWED = {
     ("hybridkex/kme/serve.py", "_feed"): "once for a producer, at its end",
     ("hybridkex/kme/serve.py", "_keep_running"): DEFECT,
     ("hybridkex/kme/serve.py", "of"): "of a reload, and twice for a certificate",
-    ("hybridkex/net/descriptors.py", "bounded"): "once, when a limit is set",
+    ("hybridkex/net/descriptors.py", "_log_reduced"): "once for each limit of the process",
     ("hybridkex/net/log.py", "flush"): "where lines are counted",
     ("hybridkex/net/log.py", "log"): "where lines are counted",
     ("hybridkex/qkd/postgres_store.py", "_prepare"): OWNER,

@@ -7,6 +7,7 @@ The keys are in key pools on disk, which is all that outlives a process.
 import hashlib
 import os
 import random
+import shutil
 import signal
 import socket
 import time
@@ -42,7 +43,7 @@ NAMES = {
     "alice": PoolNames(sae="alice", kme="kme-a", peer_sae="bob", peer_kme="kme-b"),
     "bob": PoolNames(sae="bob", kme="kme-b", peer_sae="alice", peer_kme="kme-a"),
 }
-KEYS = 5000
+KEYS = 2000
 BYTES = 32
 
 
@@ -58,7 +59,10 @@ def made(master: PoolNames) -> list[QkdKey]:
     ]
 
 
-def pools(folder: Path) -> None:
+@pytest.fixture(scope="module")
+def pools(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the key pools of both ends, as they are before the first use."""
+    folder = tmp_path_factory.mktemp("pools")
     keys = [*made(NAMES["alice"]), *made(NAMES["bob"])]
 
     async def fill() -> None:
@@ -69,6 +73,14 @@ def pools(folder: Path) -> None:
                 await pool.add(keys)
 
     trio.run(fill)
+    return folder
+
+
+@pytest.fixture
+def folder(pools: Path, tmp_path: Path) -> Path:
+    """Copies of the pools."""
+    shutil.copytree(pools, tmp_path, dirs_exist_ok=True)
+    return tmp_path
 
 
 class Use(NamedTuple):
@@ -171,7 +183,7 @@ async def talk(address: Any, folder: Path) -> None:
                             answer += await stream.receive_some()
                         assert answer == text
                         said += 1
-                        await trio.sleep(0.005)  # a fast machine is not to use all keys up
+                        await trio.sleep(0.01)  # a fast machine is not to use all keys up
                         if not random.randrange(20):
                             break
             except (OSError, trio.BrokenResourceError):
@@ -222,7 +234,7 @@ class Ends:
         for one in range(number):
             self.start()
             before = uses_in(self._folder)
-            time.sleep(self._rng.uniform(0.05, 0.35))
+            time.sleep(self._rng.uniform(0.02, 0.2))
             if one % 2:  # a slow machine, too, comes to use its keys
                 wait_for_uses(self._folder, before + 8)
             for who in self._rng.choice((["alice"], ["bob"], ["alice", "bob"])):
@@ -273,29 +285,27 @@ def check(uses: list[Use]) -> None:
 @pytest.mark.parametrize(
     ("rounds", "seed"), [(4, 1), pytest.param(25, 2, marks=pytest.mark.slow)], ids=["few", "many"]
 )
-def test_no_byte_of_a_key_is_used_twice(rounds: int, seed: int, tmp_path: Path) -> None:
-    pools(tmp_path)
-    with Ends(tmp_path, seed) as ends:
+def test_no_byte_of_a_key_is_used_twice(rounds: int, seed: int, folder: Path) -> None:
+    with Ends(folder, seed) as ends:
         ends.rounds(rounds)
-    uses = read_ledger(tmp_path / "ledger")
+    uses = read_ledger(folder / "ledger")
     assert len({use.process for use in uses}) >= rounds / 2
     check(uses)
 
 
-def test_a_key_pool_that_is_restored_from_a_copy(tmp_path: Path) -> None:
+def test_a_key_pool_that_is_restored_from_a_copy(folder: Path) -> None:
     """What must never be done. Nothing notices before the first use: the control that shows that
     the ledger finds what is used twice."""
-    pools(tmp_path)
-    copy = (tmp_path / "bob.db").read_bytes()
-    with Ends(tmp_path, 3) as ends:
+    copy = (folder / "bob.db").read_bytes()
+    with Ends(folder, 3) as ends:
         for _ in range(20):  # at times the keys that are used again are not the same
             ends.start()
-            wait_for_uses(tmp_path, uses_in(tmp_path) + 200)
+            wait_for_uses(folder, uses_in(folder) + 200)
             ends.kill("alice")
             ends.kill("bob")
-            if used_twice(read_ledger(tmp_path / "ledger"), "bob"):
+            if used_twice(read_ledger(folder / "ledger"), "bob"):
                 return
-            for rest in tmp_path.glob("bob.db*"):
+            for rest in folder.glob("bob.db*"):
                 rest.unlink()
-            (tmp_path / "bob.db").write_bytes(copy)
+            (folder / "bob.db").write_bytes(copy)
     pytest.fail("no byte was used twice")

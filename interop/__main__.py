@@ -1,7 +1,7 @@
 """hybridkex against its peers: ``python -m interop``.
 
 Runs every case that a peer can do, with hybridkex as client and as server, over loopback, and ends
-with a table. The exit code is 1 where a case failed.
+with a table. The exit code is 1 if a case failed.
 """
 
 import argparse

@@ -1,4 +1,5 @@
-"""Lets the tests here import the package ``interop`` whatever directory pytest starts in."""
+"""Makes the package ``interop`` importable in the tests here, whatever directory pytest starts
+in."""
 
 import sys
 from pathlib import Path

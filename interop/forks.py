@@ -1,4 +1,4 @@
-"""Processes that are forked from one which has imported everything.
+"""Processes that are forked from a process that has imported everything.
 
 Python and its imports take 0.3 s of processor time for each command, a fork takes 0.05 s.
 """

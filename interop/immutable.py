@@ -1,4 +1,4 @@
-"""Files that cannot be changed, not even by root: as on a file system that became read-only."""
+"""Files that not even root can change, as on a file system that became read-only."""
 
 import fcntl
 import os

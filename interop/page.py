@@ -1,4 +1,4 @@
-"""The generated parts of ``docs/interop.md``; each stands between two comments."""
+"""The generated parts of ``docs/interop.md``, each between two comments."""
 
 from pathlib import Path
 from typing import Final

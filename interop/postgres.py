@@ -1,4 +1,4 @@
-"""A PostgreSQL server of one's own: on a free port, in a folder of its own, without a password."""
+"""A separate PostgreSQL server, on a free port, in its own folder, without a password."""
 
 import atexit
 import os

@@ -1,8 +1,8 @@
 """An external PSK together with X25519MLKEM768, against Node's ``pskCallback``, in both roles.
 
-Node (OpenSSL 3.5) has plain external PSKs with SHA-256 suites, and no certificates beside them.
-What it shows is that the half of the QKD leg that is TLS 1.3's own (the key schedule with a PSK and
-a hybrid group, the binder) is what others understand by it.
+Node (OpenSSL 3.5) has plain external PSKs with SHA-256 suites, and no certificates with them. The
+test shows that another implementation agrees with the part of the QKD leg that belongs to TLS 1.3
+itself: the key schedule with a PSK and a hybrid group, and the binder.
 """
 
 import contextlib

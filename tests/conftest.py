@@ -1,4 +1,4 @@
-"""What holds for all tests, and what several folders share."""
+"""Settings and fixtures for all tests."""
 
 import asyncio
 import fcntl
@@ -22,22 +22,23 @@ from hybridkex.qkd import sqlite_file
 
 _BOUNDED = [f"hybridkex.{name}" for name in ("aio.channel", "anyio", "net.http")]
 _BOUNDED += ["hybridkex.shell.key_renewer", "hybridkex.shell.pad_filler"]
-"""The modules with a bound for the log lines of the process."""
+"""Modules that limit the log lines of the whole process."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--thorough",
         action="store_true",
-        help="try every member where a test else tries a sample (takes hours)",
+        help="try every case where a test otherwise tries a sample (takes hours)",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
         config.add_cleanup(_compile_ahead())
-    # Hypothesis measures 200 ms by the wall clock, which other work on the machine uses up.
-    # What stands in the way of a change must fail for the change, not for the examples of the day.
+    # No deadline: Hypothesis measures 200 ms by the wall clock, and other work on the machine may
+    # take that long. Fixed examples: a test must fail because of a change, not because of random
+    # examples.
     settings.register_profile(
         "hybridkex", deadline=None, derandomize=not config.getoption("--thorough")
     )
@@ -45,16 +46,16 @@ def pytest_configure(config: pytest.Config) -> None:
     _heed_signals()
     _keep_bytecode()
     _leave_data_to_the_system()
-    # In debug mode, asyncio keeps the last calls before each callback, for its messages: ten take
-    # a sixth of the time of a test.
+    # In debug mode, asyncio stores a stack of ten calls for each callback, which takes a sixth of a
+    # test's time.
     asyncio.constants.DEBUG_STACK_DEPTH = 1  # type: ignore[misc]
 
 
 def _compile_ahead() -> Callable[[], object]:
     """Begin to compile for numba while the processes that run the tests start. In a fresh checkout,
-    each process that needs this code before it is on disk compiles it for itself, for 6 s.
+    each process that needs this code before it is on disk would compile it itself, in 6 s.
 
-    Returns what waits for the end."""
+    Returns a function that waits until it is done."""
     root = Path(__file__).parents[1]
     version = "".join(map(str, sys.version_info[:2]))
     if any(root.glob(f"hybridkex/link/__pycache__/*.py{version}.nbi")):
@@ -65,15 +66,17 @@ def _compile_ahead() -> Callable[[], object]:
 
 
 def _keep_bytecode() -> None:
-    """An image of Python often forbids it, and then each process compiles anew all that it imports:
-    each of those that run the tests, and each of the hundreds that tests start."""
+    """Write bytecode even if PYTHONDONTWRITEBYTECODE forbids it, as container images of Python
+    often do. Otherwise each process compiles all of its imports: the processes that run the tests,
+    and the hundreds that tests start."""
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     sys.dont_write_bytecode = False
 
 
 def _leave_data_to_the_system() -> None:
-    """What a process wrote survives its end. A flush to disk is for the end of the machine, which
-    no test brings about, and it waits for all that others write there."""
+    """Do not flush files to the disk. Written data survives the end of a process; a flush protects
+    only against the end of the machine, which no test causes, and it waits for all that other
+    programs write."""
 
     def check_only(file: Any) -> None:
         os.fstat(file)
@@ -83,8 +86,8 @@ def _leave_data_to_the_system() -> None:
 
 
 def _heed_signals() -> None:
-    """A shell that starts pytest in the background lets it, and all that it starts, ignore some
-    signals. Tests send them."""
+    """Restore the default handling of signals that tests send: a shell that starts pytest in the
+    background has it, and its child processes, ignore them."""
     for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_IGN:
             is_interrupt = number == signal.SIGINT
@@ -93,8 +96,8 @@ def _heed_signals() -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """Tests that are being collected leave no garbage, and looking for it takes a sixth of the
-    time."""
+    """Disable garbage collection while tests are collected: there is no garbage, and the search for
+    it takes a sixth of the time."""
     gc.disable()
     try:
         return (yield)
@@ -106,7 +109,8 @@ def pytest_collection() -> Generator[None, object, object]:
 def pytest_make_collect_report(
     collector: pytest.Collector,
 ) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
-    """Where several processes begin together, the first one compiles a file for the others."""
+    """Lock each test file while it is collected, so that the first of several processes compiles it
+    for the others."""
     if not isinstance(collector, pytest.Module):
         return (yield)
     with collector.path.open() as file:
@@ -115,14 +119,14 @@ def pytest_make_collect_report(
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests come first, so that no process is left alone with one at the end."""
+    """Run files with slow tests first, so that no process runs one alone at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
 
 def pytest_collection_finish() -> None:
-    """The modules and the items stay to the end. Without them, a test that collects garbage does so
-    in a millisecond, not in 200."""
+    """Exclude the modules and the items, which stay to the end, from garbage collection: a test
+    that collects garbage then takes a millisecond for it, not 200."""
     gc.freeze()
 
 
@@ -130,7 +134,8 @@ def pytest_collection_finish() -> None:
 def pytest_runtest_protocol(
     item: pytest.Item, nextitem: pytest.Item | None
 ) -> Generator[None, object, object]:
-    """So does what is left behind a file's tests: modules that they imported, caches, reports."""
+    """Likewise exclude what remains after the tests of a file: imported modules, caches,
+    reports."""
     result = yield
     if nextitem is not None and nextitem.path != item.path:
         gc.collect()
@@ -147,8 +152,8 @@ def pytest_xdist_auto_num_workers() -> int:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Each process takes the tests of a file together, as long as none is idle: what a file or a
-    session sets up once is then set up by one process, mostly."""
+    """Each process takes the tests of a file together, as long as no process is idle: then mostly
+    one process sets up the fixtures of a file or a session."""
     from xdist.scheduler import WorkStealingScheduling
 
     return WorkStealingScheduling(config, log) if config.getoption("dist") == "load" else None
@@ -156,13 +161,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def thorough(request: pytest.FixtureRequest) -> bool:
-    """Whether a test tries every member of its kind, not a sample."""
+    """Whether a test tries every case, not a sample."""
     return bool(request.config.getoption("--thorough"))
 
 
 @pytest.fixture
 def no_log() -> Iterator[None]:
-    """No log lines: pytest keeps each of them, which a test that measures memory would see."""
+    """Disable logging: pytest stores each line, which would disturb a test that measures memory."""
     logging.disable()
     yield
     logging.disable(logging.NOTSET)
@@ -170,17 +175,17 @@ def no_log() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _same_draws_in_each_run(request: pytest.FixtureRequest) -> None:
-    """The module's generator, which many tests draw from, begins with the name of the test."""
+    """Seed the module ``random``, which many tests use, with the name of the test."""
     random.seed(request.node.nodeid)
 
 
 @pytest.fixture(autouse=True)
 def _log_as_it_was() -> Iterator[None]:
-    """A command that a test runs in this process sets up the library's log for the process."""
+    """Restore the library's log after a test: a command that runs in this process configures it."""
     logger = logging.getLogger("hybridkex")
     handlers, level, propagate = list(logger.handlers), logger.level, logger.propagate
     for name in _BOUNDED:
-        if name in sys.modules:  # or earlier tests have used its lines up
+        if name in sys.modules:  # earlier tests may have used up its lines
             sys.modules[name]._LINES._buckets.clear()
     yield
     logger.handlers[:] = handlers
@@ -190,7 +195,7 @@ def _log_as_it_was() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def forkserver() -> Iterator[Forkserver]:
-    """The process that the commands come from."""
+    """The process that forks the commands."""
     server = Forkserver()
     yield server
     server.close()
@@ -198,7 +203,7 @@ def forkserver() -> Iterator[Forkserver]:
 
 @pytest.fixture
 def hybridkex(forkserver: Forkserver) -> Iterator[Forkserver]:
-    """Starts commands, which end with the test."""
+    """Starts commands, and ends them with the test."""
     yield forkserver
     forkserver.end()
 

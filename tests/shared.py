@@ -1,4 +1,4 @@
-"""What is made once for all processes that run the tests."""
+"""Data that is made once for all processes that run the tests."""
 
 import fcntl
 import json
@@ -13,8 +13,8 @@ import pytest
 def made_once(
     tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Any]
 ) -> tuple[Path, Any]:
-    """A folder, and the value that ``make`` returned for it in the process that came first; the
-    others wait for it and read it as JSON."""
+    """Return a folder, and the value that ``make`` returned for it. The first process calls
+    ``make``; the others wait, and read the value as JSON."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
     folder.mkdir(exist_ok=True)

@@ -2,6 +2,7 @@
 
 import re
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -46,3 +47,12 @@ def test_every_page_is_in_the_table_of_contents() -> None:
     contents = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
     pages = {page.name for page in ROOT.glob("docs/*.md")} - {"README.md"}
     assert pages <= set(re.findall(r"\]\(([\w-]+\.md)\)", contents))
+
+
+def test_no_line_of_prose_stands_twice_in_a_row() -> None:
+    """A search and replace that went wrong once repeated a paragraph 58 times."""
+    for page in PAGES:
+        lines = page.read_text(encoding="utf-8").splitlines()
+        for line, following in pairwise(lines):
+            # Beginnings, since a wrong end may follow each time.
+            assert len(line) < 60 or line[0] in " |" or line[:60] != following[:60], (page, line)

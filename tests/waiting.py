@@ -1,4 +1,4 @@
-"""Wait for what has no event: a condition of another process or of another task."""
+"""Wait for conditions without an event, in another process or task."""
 
 import asyncio
 import time
@@ -8,13 +8,13 @@ from typing import Any
 import trio
 
 PATIENCE = 30.0
-"""Seconds: far more than any condition takes on a busy machine."""
+"""Seconds; far more than any condition takes on a busy machine."""
 
 Condition = Callable[[], object]
 
 
 def until(condition: Condition, process: Any = None, *, seconds: float = PATIENCE) -> None:
-    """Block until the condition holds; fails at once when ``process`` ends before."""
+    """Block until the condition holds; fail at once if ``process`` ends first."""
     deadline = time.monotonic() + seconds
     while not condition():
         if process is not None and process.poll() is not None:

@@ -2,8 +2,7 @@
 
 RUNNER is BoringSSL's test runner (``ssl/test/runner``), built with Go's ``go test -c``; it is not
 part of this repository. The command prints the counts and every test that failed. ``--json`` writes
-them to a file,
-``--page`` the page in ``docs/``.
+them to a file, ``--page`` writes the page in ``docs/``.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""Shims without the second that Python needs to import them: a parent that forks one per test.
+"""Starts shims without the second that Python needs for imports: a parent forks one per test.
 
-The runner starts a process for each of its thousands of tests. What it starts is
-:data:`LAUNCHER`, which hands its arguments and its standard streams to the parent over a Unix
-socket and takes the exit code back; the parent has imported everything once.
+The runner starts a process for each of its thousands of tests. This process is :data:`LAUNCHER`,
+which passes its arguments and its standard streams to the parent over a Unix socket and gets the
+exit code back; the parent has imported everything once.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""What a run of the suite says, test by test."""
+"""The results of a run of the suite, test by test."""
 
 import json
 import re

@@ -2,7 +2,7 @@
 
 It speaks through the public engine alone (:mod:`hybridkex.tls`), over a blocking socket. Failures
 go to standard error as ``:NAME:``, the class of the error; ``config.json`` maps BoringSSL's names
-to these. Exit code 89 says that a flag asks for what hybridkex does not have.
+to these. Exit code 89 means that a flag requires something that hybridkex does not have.
 """
 
 import re

@@ -1,7 +1,7 @@
 """``python -m interop.fuzz TARGET [--seconds N] [--corpus DIR]``: fuzz one target.
 
-Ends with status 0 when the time is up and nothing was found; what crashes is written beside where
-it was called, as libFuzzer does. Needs ``pip install atheris``.
+Ends with status 0 when the time is up and nothing was found; an input that crashes is written to
+the current directory, as libFuzzer does. Needs ``pip install atheris``.
 """
 
 import argparse

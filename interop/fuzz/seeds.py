@@ -1,7 +1,7 @@
 """The fuzzer's seed inputs, made from real handshakes: ``python -m interop.fuzz.seeds``.
 
-Writes ``corpus/TARGET/NAME`` beside this file. What a fuzzer has found worth keeping may lie there,
-too; the tests replay it all.
+Writes ``corpus/TARGET/NAME`` beside this file. Inputs that a fuzzer has found may be there, too;
+the tests replay all of them.
 """
 
 import base64

@@ -1,4 +1,4 @@
-"""Two sites of KMEs under faults, and a check of what their SAEs saw.
+"""Two sites of KMEs under faults, and a check of the results that their SAEs got.
 
 ``python -m interop.kme`` runs two sites, each with several ``kme serve`` processes on a PostgreSQL
 database of its own, or with one process on SQLite. SAEs of both draw and collect keys as fast as
@@ -6,6 +6,6 @@ they can, while faults that a seed chooses are injected: processes are killed or
 databases are killed or fall silent, the network between the sites is cut, clocks jump by a day,
 files cannot grow. Every call and its answer are written to a history.
 
-:mod:`interop.kme.history` checks the history. It knows the calls of ETSI GS QKD 014 and nothing of
-the KMEs: neither their processes nor their stores nor the faults.
+:mod:`interop.kme.history` checks the history. It knows only the calls of ETSI GS QKD 014, and
+nothing of the KMEs' processes, their stores or the faults.
 """

@@ -1,4 +1,4 @@
-"""The history of the calls of SAEs, and what must hold for it whatever happened.
+"""The history of the calls of SAEs, and the properties that it must have whatever happened.
 
 Each call is one line of JSON: who called, when it began and ended, what it asked for, and how it
 ended: with ``keys``; ``refused``, that is, the KME says that there is no such key for this SAE;

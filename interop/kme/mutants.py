@@ -1,4 +1,4 @@
-"""KMEs with a fault of their own, which the check of a history must find.
+"""KMEs with a deliberate fault, which the check of a history must find.
 
 Each mutant changes the KME of its process, on either store.
 """

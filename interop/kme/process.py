@@ -1,8 +1,8 @@
 """KME processes that start in a few hundredths of a second, as a fault run kills thousands of them.
 
-Each is forked from a server process that has imported everything. Its clock can be set, its time
-limits may be short, so that a fault of a second is to them what one of half a minute is to a KME in
-service, and it may be a mutant (:mod:`interop.kme.mutants`).
+Each is forked from a server process that has imported everything. Its clock can be set; its time
+limits may be short, so that a fault of a second affects it as half a minute affects a KME in
+service; and it may be a mutant (:mod:`interop.kme.mutants`).
 """
 
 import contextlib

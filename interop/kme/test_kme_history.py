@@ -1,6 +1,6 @@
-"""The check of a history finds what is wrong; and a short run of two sites under faults.
+"""The check of a history finds violations; and a short run of two sites under faults.
 
-``python -m interop.kme`` runs them for longer.
+``python -m interop.kme`` makes longer runs.
 """
 
 from dataclasses import replace

@@ -1,7 +1,7 @@
 """The tunnel with all three legs over two sites of two KME processes each, on PostgreSQL.
 
-Each of the four processes and both databases are killed in turn. No connection that is open is
-lost, and new ones are made again by themselves.
+Each of the four processes and both databases are killed in turn. No open connection is lost, and
+new connections succeed again without intervention.
 """
 
 import socket

@@ -1,4 +1,4 @@
-"""Certificates of every kind, made once in a run, as files that any peer reads."""
+"""Certificates of every kind, made once per run, as files that any peer can read."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,7 @@
 """The asyncio shell behind the interface of a trio stream, so that every case is written once.
 
 An event loop of asyncio runs in a thread. A connection there is upgraded to TLS over one end of a
-socket pair; whoever has the other end carries the bytes.
+socket pair; the holder of the other end carries the bytes.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""The end of hybridkex in a case."""
+"""The hybridkex end of a case."""
 
 import contextlib
 import re

@@ -1,4 +1,4 @@
-"""What the matrix asks of a peer, and the peers that are agents."""
+"""The interface of a peer of the matrix, and the peers that are agents."""
 
 import json
 import subprocess

@@ -1,8 +1,8 @@
 """The task of one end of a connection, and its report.
 
-Both go over a pipe as JSON to peers that are programs of another language (``agents/``), so they
-hold plain values. Every end runs the same conversation: ``size`` bytes of a known text each way,
-then close_notify from both, then the end of the transport.
+Peers in another language (``agents/``) get both as JSON over a pipe, so they hold plain values.
+Every end runs the same conversation: ``size`` bytes of a known text each way, then close_notify
+from both, then the end of the transport.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""The peer of a program: a socket and OpenSSL's TLS in memory, moved by hand."""
+"""The peer of a program: a socket, and OpenSSL's TLS in memory, driven step by step."""
 
 import contextlib
 import socket

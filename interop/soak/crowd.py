@@ -1,9 +1,9 @@
 """Measures how long a crowd at one port delays the clients of another address.
 
-A process of its own connects as fast as it can from one address, or from many; every connection
-does what its kind says and stays. The server is stopped for a second, so that the crowd is in its
-queue when the first good client comes. Then it goes on, and is asked as a user does, from another
-address, again and again; each answer is timed.
+A process of its own connects as fast as it can from one address, or from many; each connection
+behaves as its kind says, and stays open. The server is stopped for a second, so that the crowd is
+in its queue when the first honest client connects. Then the server continues, and clients of
+another address use it again and again; each answer is timed.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""The loads. Each returns its measurements and the expected values."""
+"""The loads; each returns its measurements and the expected values."""
 
 import contextlib
 import json

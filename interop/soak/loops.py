@@ -1,8 +1,8 @@
-"""Measures how much work a crowd makes an asyncio or uvloop server do before another's answer.
+"""Measures how much work a crowd causes an asyncio or uvloop server before another client's answer.
 
-The server is stopped while the crowd connects, so that all of it is in the queue when the good
-client comes from another address. What is measured is the server's processor time until that client
-has its answer, which does not depend on what else the machine does.
+The server is stopped while the crowd connects, so that the whole crowd is in the queue when an
+honest client connects from another address. The measurement is the server's processor time until
+that client has its answer, which does not depend on other load of the machine.
 """
 
 import asyncio

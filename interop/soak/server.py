@@ -1,7 +1,7 @@
-"""The server under load, in a process of its own: ``python -m interop.soak.server DEADLINE``.
+"""The server under load, in a separate process: ``python -m interop.soak.server DEADLINE``.
 
-Writes its port, then echoes whatever comes. On a line of standard input it answers with a line of
-JSON: its memory, its open files, its connections. It ends with its standard input.
+Writes its port, then echoes all data. It answers each line of standard input with a line of JSON:
+its memory, open files and connections. It ends when standard input is closed.
 """
 
 import gc

@@ -188,11 +188,11 @@ async def test_no_answer_of_a_kme_is_an_error_of_ours(kme: Kme) -> None:
 
 
 async def test_a_compressed_answer_is_not_unpacked(kme: Kme) -> None:
-    packed = gzip.compress(bytes(300 << 20))
+    packed = gzip.compress(bytes(60 << 20))
     kme.answer = answer("200 OK", b"Content-Encoding: gzip", body=packed)
 
     async def body(port: int) -> None:
-        tracemalloc.start()  # the peak of the process has seen more: this test compresses 300 MB
+        tracemalloc.start()  # the peak of the process has seen more: this test compresses 60 MB
         try:
             for call in calls(port):
                 with pytest.raises(KeySourceError, match="compressed"):

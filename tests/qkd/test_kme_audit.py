@@ -115,7 +115,10 @@ async def test_keys_that_no_record_let_out_are_counted(
     pair = site.pair()
     kmes = tuple(replace(one, audit=tmp_path / one.id) for one in pair.kme)
     metrics = TcpAddress("127.0.0.1", 0)
-    async with serve(replace(pair, kme=kmes, metrics=metrics)) as where, httpx.AsyncClient() as web:
+    async with (
+        serve(replace(pair, kme=kmes, metrics=metrics)) as where,
+        httpx.AsyncClient(verify=False) as web,
+    ):
         await filled(where, site, 50)
 
         async def lost() -> dict[str, float]:

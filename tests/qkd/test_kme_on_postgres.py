@@ -181,6 +181,7 @@ async def test_behind_a_balancer(site: Site, postgres: PostgresServer, tmp_path:
     ports = [free_port() for _ in range(5)]
     example = (Path(__file__).parents[2] / "examples" / "kme" / "haproxy.cfg").read_text()
     text = example.replace("bind :8443", f"bind 127.0.0.1:{ports[0]}").replace("2s", "200ms")
+    text = text.replace("timeout connect 3s", "timeout connect 200ms")  # and between two tries
     for index in (1, 2):
         text = text.replace(
             f"192.0.2.1{index}:8443 port 9464", f"127.0.0.1:{ports[index]} port {ports[index + 2]}"

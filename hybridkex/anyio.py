@@ -380,9 +380,9 @@ class _PendingHandshake:
 
 
 class _Places:
-    """Places for the handshakes of a listener; the addresses of those who want one take turns.
+    """Handshake slots of a listener, which the client addresses get in turn.
 
-    Who is next is decided as in all servers of this project (:mod:`hybridkex.net.pending`,
+    The order is that of all servers of this project (:mod:`hybridkex.net.pending`,
     :mod:`hybridkex.net.budget`).
     """
 

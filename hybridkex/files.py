@@ -366,7 +366,8 @@ def _temporary(
 
 
 def _open_temporary(path: Path) -> tuple[int, str | None]:
-    """A new file in the folder of another: its descriptor, and its name if it has one."""
+    """Create a temporary file in the folder of ``path``. Returns its descriptor, and its name if it
+    has one."""
     if os.path.isdir(_DESCRIPTORS):
         with contextlib.suppress(AttributeError, OSError):  # the system or file system has none
             flags = os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC
@@ -387,7 +388,7 @@ def try_writing(path: Path, content: bytes) -> None:
 
 
 def _link(descriptor: int, name: str | None, path: str | Path) -> None:
-    """Give a file a name that nobody has, or another one."""
+    """Give a file a new name: its first, or an additional one."""
     if name is not None:
         os.link(name, path)
         return
@@ -476,14 +477,14 @@ def _tightened(status: os.stat_result) -> int | None:
 
 
 def change_mode(path: str | Path, mode: int, *, inode: tuple[int, int]) -> None:
-    """Change the permissions of a file or socket, never of another that has been put in its place.
+    """Change the permissions of a file or socket, but not of another one that has replaced it.
 
     Args:
         path: of the file.
         mode: its permissions.
         inode: its device and its inode.
 
-    Raises ``OSError``; ``FileNotFoundError`` if another is there.
+    Raises ``OSError``; ``FileNotFoundError`` if another one has this name.
     """
     if not os.path.isdir(_DESCRIPTORS):
         os.chmod(path, mode, follow_symlinks=False)
@@ -543,7 +544,7 @@ def _open_own(path: str | os.PathLike[str], flags: int, check: _Check = _check_w
     with contextlib.suppress(FileNotFoundError):
         check(found, os.lstat(found))
     if is_shared(found):
-        flags |= os.O_NOFOLLOW  # nobody puts a link there now
+        flags |= os.O_NOFOLLOW  # another user may put a link there now
     descriptor = os.open(found, flags | os.O_CLOEXEC | os.O_NONBLOCK, PRIVATE)
     try:
         check(found, os.fstat(descriptor))
@@ -581,8 +582,8 @@ def make_private_folder(path: str | Path) -> None:
 
 @contextlib.contextmanager
 def _named(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Errors of writing name the file that was asked for: write(2) names none, and the name of a
-    temporary file tells nobody anything."""
+    """Put the requested file's name into errors of writing: write(2) names no file, and the name of
+    a temporary file does not help the user."""
     try:
         yield
     except OSError as error:

@@ -256,7 +256,7 @@ CLAIMS = (
     ),
     claim(
         "later-theft",
-        "A signature key that is stolen later harms nothing past",
+        "The later theft of a signature key does not affect earlier sessions",
         secrecy("later-theft", H, ("ONLY_CERT", "AFTER_SIGNATURES"), (), {
             "client_data(pCert,off)": lambda t: False, "server_data(pCert,on)": lambda t: False,
         }, [("DROP_FRESH_EXCHANGE",)]),
@@ -322,7 +322,7 @@ CLAIMS = (
     ),
     claim(
         "no-impersonation",
-        "Who has a client's signature key and all its QKD keys cannot pose as a server to it (key "
+        "An attacker who has a client's signature key and all its QKD keys cannot pose as a server to it (key "
         "compromise impersonation)",
         holds("no-impersonation", H, KCI_CLIENT, [("ONLY_BOTH", "VICTIM", "BEFORE_QKD")],
               [("ONLY_BOTH", "VICTIM", "BEFORE_QKD", "DROP_SIGNATURE_BESIDE_PSK")], slow=True),
@@ -377,8 +377,8 @@ CLAIMS = (
     ),
     claim(
         "update-recovers-from-meddler",
-        "The same where the thief meddles with the update: new data is secret if the update has a QKD "
-        "key that he does not know; without one it is not",
+        "The same where the thief changes messages of the update: new data is secret if the update has "
+        "a QKD key that the thief does not know, and not secret without one",
         holds("update-recovers-from-meddler", U, "query attacker(new_data(used)).", [("THIEF_ACTS",)],
               [("THIEF_ACTS", "BEFORE_QKD"), ("THIEF_ACTS", "DROP_QKD_IN_CHAIN")], slow=True),
         holds("update-recovers-from-meddler without", U, "query attacker(new_data(vacant)).", [],
@@ -407,7 +407,7 @@ CLAIMS = (
     ),
     claim(
         "update-agrees-with-key",
-        "With a QKD key in the update this holds against a thief who meddles, too",
+        "With a QKD key in the update this also holds against a thief who changes messages",
         holds("update-agrees-with-key", U, INITIATOR_AGREES_USED, [("THIEF_ACTS",)],
               [("THIEF_ACTS", "DROP_CONFIRM"), ("THIEF_ACTS", "DROP_ROLES"), ("THIEF_ACTS", "BEFORE_QKD"),
                ("THIEF_ACTS", "DEPENDENT_KEYS", "DROP_ID_IN_IMPORT", "DROP_SLOT_IN_TRANSCRIPT")]),

@@ -7,7 +7,7 @@ must therefore intercept the first connection and every later one.
 
 Names are compared in one canonical form (:func:`canonical_peer_name`): ``Server.Example``,
 ``server.example.`` and ``server.example`` are one name, and so are all spellings of an IPv6
-address. If any line lacks a canonical name or a key, nobody is trusted.
+address. If any line lacks a canonical name or a key, no peer is trusted.
 """
 
 import base64

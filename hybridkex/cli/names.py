@@ -17,18 +17,18 @@ import trio
 from trio.abc import HostnameResolver
 
 KEEP_SECONDS: Final = 1.0
-"""For which an answer is used again."""
+"""Seconds for which an answer is used again."""
 
 
 class _Lookup:
-    """A look-up that is under way, and what came of it."""
+    """A look-up in progress, and its result."""
 
     def __init__(self) -> None:
         self.ended: Final = trio.Event()
         self.found: list[Any] = []
         self.error: Exception | None = None
         self.until = math.inf
-        """When it is forgotten."""
+        """When the result is discarded."""
 
 
 class SharedLookups(HostnameResolver):

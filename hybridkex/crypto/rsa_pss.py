@@ -53,7 +53,7 @@ class RsaPssKey:
 
 
 def spki_of(certificate: x509.Certificate) -> bytes:
-    """SubjectPublicKeyInfo in DER as it stands in a certificate, whatever its algorithm."""
+    """SubjectPublicKeyInfo in DER, as in a certificate, whatever its algorithm."""
     spki: bytes = _der().spki_of(certificate)
     return spki
 

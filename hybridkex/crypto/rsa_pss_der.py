@@ -1,6 +1,7 @@
-"""The DER of keys for RSASSA-PSS (RFC 4055): what stands about them in a certificate.
+"""The DER encoding of keys for RSASSA-PSS in certificates (RFC 4055).
 
-:mod:`hybridkex.crypto.rsa_pss` imports this module for the first such key; most programs meet none.
+:mod:`hybridkex.crypto.rsa_pss` imports this module for the first such key; most programs never need
+it.
 """
 
 from typing import Annotated, Final
@@ -63,7 +64,7 @@ class _Info:
 
 
 def spki_of(certificate: x509.Certificate) -> bytes:
-    """SubjectPublicKeyInfo as it stands in a certificate."""
+    """SubjectPublicKeyInfo, as in a certificate."""
     tbs = asn1.decode_der(TbsCertificate, certificate.tbs_certificate_bytes)
     return asn1.encode_der(tbs.key.parse(_Info))
 

@@ -104,7 +104,7 @@ async def _answer_to_peer(
         body = _body(request)
         return ExtKeys.from_json(body) if call == "ext_keys" else ids_from_json(body)
 
-    # In a thread: a message of the largest size takes a second, for which nobody else must wait.
+    # In a thread: a message of the largest size takes a second, and other requests must not wait.
     match await in_thread(parsed) if len(request.body) > LONG_BODY else parsed():
         case ExtKeys() as message:
             await kme.peer_allots(peer, message)

@@ -271,10 +271,11 @@ def verify(folders: Sequence[Path], heads: Iterable[str] = ()) -> Findings:
 
 
 def _others(record: Any) -> dict[str, str]:
-    """The heads of other files that a record has. Raises ``TypeError`` if it is none of ours."""
+    """The heads of other files in a record. Raises ``TypeError`` if it is not a record of an audit
+    trail."""
     others = record.get("others", {}) if isinstance(record, dict) else None
     if not isinstance(others, dict) or not all(isinstance(head, str) for head in others.values()):
-        raise TypeError("no record of an audit trail")
+        raise TypeError("not a record of an audit trail")
     return others
 
 

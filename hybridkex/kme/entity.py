@@ -199,7 +199,7 @@ class KeyManagementEntity:
         """Set while the store may have rows that are encrypted under an earlier sealing key."""
 
     def _new_buckets(self) -> dict[str, TokenBucket]:
-        """A token bucket for each SAE of ours and for each peer."""
+        """A token bucket for each of our SAEs and for each peer."""
         limits = self.limits
         for sae in self.settings.saes:
             for role in ("master", "slave"):
@@ -610,7 +610,7 @@ class KeyManagementEntity:
         link.log.log(logging.WARNING, text, self.kme_id, link.target, EXCESS[reason])
 
     async def peer_allots(self, peer: str, message: ExtKeys) -> None:
-        """Promise keys to SAEs of ours. Raises ``BlocksRefused`` or ``ErrorResponse``."""
+        """Promise keys to our SAEs. Raises ``BlocksRefused`` or ``ErrorResponse``."""
         link = self._links.get(peer)
         if link is None or message.master not in link.saes:
             raise self._unauthorized(peer, "it draws for an SAE that is not among its saes here")

@@ -73,7 +73,7 @@ Bits = NDArray[np.uint8]
 
 @dataclass(frozen=True, kw_only=True)
 class Epsilon:
-    """Probabilities of all failures of a block that nobody would notice; they add up."""
+    """Probabilities of all undetected failures of a block; they add up."""
 
     secrecy: float
     """Distance from keys unknown to Eve: estimates, smoothing, privacy amplification."""

@@ -197,7 +197,7 @@ class OpticalLink:
         try:
             parts = [self._piece(min(piece, count - at)) for at in range(0, count, piece)]
         except LinkError:
-            self._next = first  # nobody knows when the light would have ended
+            self._next = first  # the end of the light is unknown
             raise
         return (
             Sent(

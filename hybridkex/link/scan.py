@@ -324,7 +324,7 @@ def _seed(seed: int, number: int) -> int:
 
 
 def nothing(value: Any) -> bool:
-    """Whether a value stands for none, in this program or in another: ``None``, NaN, ``NaT``,
+    """Whether a value means "no value", in this program or in another: ``None``, NaN, ``NaT``,
     ``pandas.NA``, what numpy masks, no text, and the words of :data:`NOTHING`."""
     value = plain(value)
     if isinstance(value, str):

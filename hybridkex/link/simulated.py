@@ -203,8 +203,9 @@ class SimulatedLink:
                     failures.append(error)
                     if isinstance(error, BlockAborted):
                         return
-                    # The other one notices. Only where its light may last for hours is it stopped:
-                    # a stop comes earlier or later in its block, and so does the end of the light.
+                    # The other party notices. It is stopped only where its light may last for
+                    # hours, since the place of a stop in its block, and so the end of the light,
+                    # varies.
                     await trio.aclose_forcefully(self._streams[number])
                     if self.settings.real_time:
                         nursery.cancel_scope.cancel()

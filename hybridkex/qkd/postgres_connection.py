@@ -83,7 +83,7 @@ _SETTINGS: Final = {
     "standard_conforming_strings": "on",
     # Times are numbers of ten digits and a fraction.
     "extra_float_digits": "1",
-    # A session that has this has all of these settings: nobody else makes it.
+    # A session with this setting has all of these: only a KME makes it.
     "hybridkex.ours": "yes",
     # What no statement of a store needs: each has an index for its few rows. The planner would
     # choose these while its statistics are behind, as after a table has grown fast.
@@ -97,10 +97,10 @@ _SETTINGS: Final = {
 
 
 class BoundedConnection(psycopg.Connection[Any]):
-    """A connection that does not wait indefinitely for a server that neither answers nor fails."""
+    """A connection that does not wait forever for a server that neither answers nor fails."""
 
     is_patient = False
-    """Whether it does: while tables are converted."""
+    """Whether it may wait forever: true while tables are converted."""
 
     def wait(self, gen: "PQGen[T]", *arguments: Any, **named: Any) -> T:
         if self.is_patient:
@@ -108,12 +108,12 @@ class BoundedConnection(psycopg.Connection[Any]):
         try:
             return super().wait(_bounded(gen), *arguments, **named)
         except _Silent:
-            # A server that waits for its synchronous standby would go on, for each session, while
-            # we open others.
+            # A server that waits for its synchronous standby would continue to wait in each session
+            # while we open new sessions.
             if psycopg.capabilities.has_cancel_safe():
                 with suppress(psycopg.Error):
                     self.cancel_safe(timeout=CANCEL_SECONDS)
-            self.pgconn.finish()  # what it has sent may come at any time
+            self.pgconn.finish()  # a late answer may arrive at any time
             raise
 
 
@@ -122,9 +122,8 @@ class _Silent(errors.QueryCanceled):
 
 
 def _bounded(gen: "PQGen[T]") -> "PQGen[T]":
-    """psycopg's steps of an exchange with the server, which end after some time.
-
-    psycopg resumes them ten times a second, whatever happens.
+    """Limit the time of psycopg's steps of an exchange with the server, which psycopg resumes at
+    least ten times a second.
     """
     deadline = time.monotonic() + SILENT_SECONDS
     try:
@@ -174,7 +173,7 @@ def prepared(url: str) -> tuple[str, str]:
     settings: dict[str, Any] = {
         "connect_timeout": int(WAIT_SECONDS),
         "tcp_user_timeout": int(STATEMENT_SECONDS * 2000),
-        "keepalives_idle": 30,  # a machine that has gone, also while tables are converted
+        "keepalives_idle": 30,  # detects a lost machine, also while tables are converted
         "application_name": "hybridkex kme",
     }
     conninfo = make_conninfo(**settings | given | {"options": options, "client_encoding": "UTF8"})

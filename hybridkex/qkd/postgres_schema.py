@@ -155,12 +155,12 @@ SINCE: Final = {
         )""",
     ),
     3: (
-        # The planner would walk through all rows of a link, by an index that begins with it, to
-        # find some by their IDs, as long as its statistics take the table for a small one.
+        # To find rows by their IDs, the planner would scan all rows of a link through an index that
+        # begins with the link, as long as its statistics say that the table is small.
         "ALTER TABLE material DROP CONSTRAINT material_link_key_id_key, ADD UNIQUE (key_id, link)",
         "ALTER TABLE spent DROP CONSTRAINT spent_pkey, ADD PRIMARY KEY (key_id, link)",
         "ALTER TABLE grants DROP CONSTRAINT grants_pkey, ADD PRIMARY KEY (key_id, link, slave)",
-        # A row stays what it is. A promise ends once. A key is delivered to its own SAE only.
+        # A row keeps its identity. A promise ends once. A key is delivered to its own SAE only.
         """CREATE FUNCTION refuse_change() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
             RAISE 'a row of % cannot change so', TG_TABLE_NAME USING ERRCODE = 'check_violation';
         END $$""",

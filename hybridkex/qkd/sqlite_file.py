@@ -86,7 +86,7 @@ def _checked(path: Path, what: str, *, create: bool) -> Path:
 
     Raises ``ConfigError`` and ``OSError``.
     """
-    # For /proc/kmsg SQLite would wait for good, and /proc/cpuinfo it would take for empty.
+    # SQLite would wait forever for /proc/kmsg, and treat /proc/cpuinfo as empty.
     if path.is_file() and not path.stat().st_size and read_file(path, what=f"the {what}"):
         raise ConfigError(f"cannot use the {what} {path}: it is not a file on a disk")
     if create:

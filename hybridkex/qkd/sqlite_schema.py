@@ -134,7 +134,7 @@ _SINCE_4: Final = (
         "NEW.ended = 'delivered' AND OLD.slave IS NOT hybridkex_sae()",
         "a key of another SAE",
     ),
-    # A row stays what it is. A promise ends once, and with it the key.
+    # A row keeps its identity. A promise ends once, and its key with it.
     _refuse("material_half", "INSERT ON material", "NEW.half NOT IN (0, 1)", "a half is 0 or 1"),
     _refuse(
         "material_fixed",

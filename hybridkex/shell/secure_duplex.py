@@ -585,7 +585,7 @@ class SecureDuplex:
         )
 
     def _unless_gone(self) -> contextlib.suppress:
-        """Ignores errors of a peer that is gone: it need not be told."""
+        """Ignore errors of a connection whose peer has gone: the peer needs no message."""
         lib = self._lib
         return contextlib.suppress(
             HybridkexError,

@@ -219,7 +219,7 @@ class Updates:
                     Reason.UPDATE_OUT_OF_ORDER,
                 )
             case _:
-                pass  # Nothing of ours.
+                pass  # not a message of this protocol
         return None
 
     def _ours(self, message: _Request | _Response) -> bool:

@@ -53,7 +53,7 @@ class OfferedPsk:
     imported: wire.ImportedIdentity | None
     """The content of an imported identity; ``None`` for any other (RFC 9258)."""
     ticket: TicketState | None
-    """The session in it, if it is a ticket of ours."""
+    """The session in an identity, if that is one of our tickets."""
 
     @classmethod
     def read(
@@ -367,7 +367,7 @@ def _choose_credential(config: ServerConfig, hello: Hello) -> Credential | None:
 
 @value
 class _Signer:
-    """An identity of ours."""
+    """One of our identities."""
 
     identity: Identity | RawIdentity
     schemes: tuple[SignatureScheme, ...]

@@ -194,7 +194,7 @@ async def _one(measured: Measured, settings: LinkSettings, options: DistilOption
 
 
 class _Desk:
-    """Lets the other end through, and nobody else."""
+    """Accepts only the other end of the link."""
 
     def __init__(self, signatures: Signatures, receives: Direction) -> None:
         self._signatures = signatures

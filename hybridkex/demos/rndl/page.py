@@ -116,7 +116,7 @@ def _cell(cell: Cell | None) -> str:
 
 
 def _short(missing: str) -> str:
-    """A missing secret in a word or two; what a key update lacks, by what it is."""
+    """A missing secret in a word or two, without whether it belongs to a key update."""
     missing = missing.removesuffix(" of the key update")
     for start, word in (("QKD key", "QKD key"), ("PSK of the ticket", "ticket")):
         if missing.startswith(start):

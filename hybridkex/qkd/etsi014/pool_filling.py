@@ -81,7 +81,7 @@ async def collect_into_pool(
     repeated, and a key that the KME no longer has does not keep the others from the pool.
 
     Returns:
-        The keys that the KME refused for good, with its reasons.
+        The keys that the KME refused permanently, with its reasons.
 
     Raises:
         KeySourceError: the KME or the pool failed. Keys of earlier requests are in the pool.

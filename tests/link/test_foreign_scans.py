@@ -106,8 +106,9 @@ def test_a_word_of_another_program_for_nothing_is_no_error_and_no_value(
     assert [failed(row) for row in found] == [failed(row) for row in rows]
     assert found == [{"": n, ERROR: None, **row} for n, row in enumerate(rows)]
     assert curves(found) == drawn == {"no eve": [0, 20, 40], "split:0.01": [0, 20, 40]}
-    assert main(["qkd", "plot", "--scan", str(path), "-o", str(tmp_path / "x.svg")]) == 0
-    assert "which are not drawn: 2" in capsys.readouterr().err
+    if word in ("", "nan", "missing"):  # a picture takes 0.1 s, and shows what the curves are
+        assert main(["qkd", "plot", "--scan", str(path), "-o", str(tmp_path / "x.svg")]) == 0
+        assert "which are not drawn: 2" in capsys.readouterr().err
     (tmp_path / "x.json").write_text(json.dumps([{"eve": word, ERROR: word, "rate": 1}]))
     assert read_scan(tmp_path / "x.json") == [{"eve": None, ERROR: None, "rate": 1}]
 
@@ -131,35 +132,39 @@ def test_other_values_are_something(value: Any) -> None:
     assert not nothing(value)
 
 
-def test_rows_of_pandas(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_rows_of_pandas(
+    rows: list[dict[str, Any]], drawn: dict[str, list[float]], tmp_path: Path
+) -> None:
     pandas = pytest.importorskip("pandas", reason="pip install pandas")
     table = pandas.DataFrame(rows)
     tables = [table, table.convert_dtypes(), table.convert_dtypes(dtype_backend="pyarrow")]
     for one in tables:
-        assert curves(one.to_dict("records")) == curves(rows)
-        assert curves([row for _, row in one.iterrows()]) == curves(rows)
+        assert curves(one.to_dict("records")) == drawn
+        assert curves([row for _, row in one.iterrows()]) == drawn
     for word in WORDS:
         table.to_csv(tmp_path / "x.csv", na_rep=word)
-        assert curves(read_scan(tmp_path / "x.csv")) == curves(rows)
+        assert curves(read_scan(tmp_path / "x.csv")) == drawn
         again = pandas.read_csv(tmp_path / "x.csv", na_values=list(WORDS))
-        assert curves(again.to_dict("records")) == curves(rows)
+        assert curves(again.to_dict("records")) == drawn
     table.to_json(tmp_path / "x.json", orient="records")
-    assert curves(read_scan(tmp_path / "x.json")) == curves(rows)
+    assert curves(read_scan(tmp_path / "x.json")) == drawn
     for orient in ("columns", "index", "split", "table", "values"):
         table.to_json(tmp_path / "x.json", orient=orient)
         with pytest.raises(ConfigError, match=r"orient=.records"):
             read_scan(tmp_path / "x.json")
 
 
-def test_rows_of_polars(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_rows_of_polars(
+    rows: list[dict[str, Any]], drawn: dict[str, list[float]], tmp_path: Path
+) -> None:
     polars = pytest.importorskip("polars", reason="pip install polars")
     table = polars.DataFrame(rows, infer_schema_length=None)
-    assert curves(table.to_dicts()) == curves(rows)
+    assert curves(table.to_dicts()) == drawn
     for word in WORDS:
         table.with_row_index().write_csv(tmp_path / "x.csv", null_value=word)
-        assert curves(read_scan(tmp_path / "x.csv")) == curves(rows)
+        assert curves(read_scan(tmp_path / "x.csv")) == drawn
     table.write_json(tmp_path / "x.json")
-    assert curves(read_scan(tmp_path / "x.json")) == curves(rows)
+    assert curves(read_scan(tmp_path / "x.json")) == drawn
 
 
 @pytest.mark.parametrize(

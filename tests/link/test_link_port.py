@@ -385,7 +385,7 @@ async def test_while_one_kme_is_full_the_session_waits_and_no_key_is_lost(
             begun[name].set()
             if name == full:
                 await room.wait()
-            if len(taken[name]) >= 300:
+            if len(taken[name]) >= 100:
                 done[name].set()
 
     with trio.fail_after(60):

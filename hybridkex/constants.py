@@ -38,7 +38,7 @@ PAD_RECORD: Final = 224
 (``docs/one-time-pad.md``)."""
 
 PAD_SUITE: Final = 0xFF01
-"""One-time pad and Poly1305 tags, among the cipher suites for private use."""
+"""One-time pad with Poly1305 tags; a code point for private use."""
 
 
 class HandshakeType(IntEnum):

@@ -104,7 +104,7 @@ def write_error(what: object, error: OSError, *, elsewhere: str = _ELSEWHERE) ->
 
 @contextmanager
 def writing(what: object) -> Iterator[None]:
-    """In this context, an error of the operating system becomes that of :func:`write_error`."""
+    """Turn an error of the operating system in this context into that of :func:`write_error`."""
     try:
         yield
     except OSError as error:

@@ -113,7 +113,7 @@ class _PrintableRecords(logging.Filter):
 
 
 PRINTABLE: Final = _PrintableRecords()
-"""For handlers that may get records of other loggers."""
+"""A filter for handlers that may get records of other loggers."""
 
 
 def _argument(value: object) -> object:

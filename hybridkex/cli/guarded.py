@@ -60,7 +60,8 @@ for _ in range(100):
 
 @contextlib.contextmanager
 def guarded_processes(folder: Path | None = None) -> Iterator[None]:
-    """In this context, processes that are started and the folder end with this process."""
+    """End the processes that are started in this context, and remove the folder, when this process
+    ends."""
     token = secrets.token_hex(16)
     before = {name: os.environ.get(name) for name in (_TOKEN, "TMPDIR")}
     command = [sys.executable, "-I", "-S", "-c", _GUARD, token, str(folder or "")]

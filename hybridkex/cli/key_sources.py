@@ -65,7 +65,7 @@ async def qkd_keys(options: QkdOptions) -> AsyncIterator[QkdPskSource | None]:
 
 @asynccontextmanager
 async def key_sources(options: QkdOptions) -> AsyncIterator[list[KeySource]]:
-    """One source for each peer that the options name; none where QKD keys are off.
+    """Open a source for each peer that the options name; none if QKD keys are off.
 
     Raises:
         ConfigError: the options contradict each other, or a file cannot be used.
@@ -116,8 +116,8 @@ class _OpenPool:
 
 
 _OPEN_POOLS: dict[tuple[int, int], _OpenPool] = {}
-"""By device and inode. One connection at a time may open the file, and a process that reloads its
-configuration needs it twice for a moment."""
+"""The open pools, by device and inode. Only one connection at a time may open a pool file, and a
+process that reloads its configuration needs the file twice for a moment."""
 
 
 @asynccontextmanager

@@ -73,7 +73,8 @@ def silenced(name: str) -> Iterator[None]:
 
 @contextmanager
 def warnings_shown(*names: str) -> Iterator[None]:
-    """With the warnings of loggers on standard error, for a command without a log."""
+    """Show the warnings of these loggers on standard error in this context, for a command without a
+    log."""
     handler = _StandardError()
     handler.setLevel(logging.WARNING)
     handler.setFormatter(logging.Formatter("hybridkex: WARNING: %(message)s"))
@@ -97,7 +98,8 @@ def _is_journal() -> bool:
 
 
 class _JsonFormatter(logging.Formatter):
-    """One object a line; a record's ``fields``, if it has any, are among its members."""
+    """Writes one JSON object a line; a record's ``fields``, if it has any, are among its
+    members."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {

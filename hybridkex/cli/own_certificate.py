@@ -16,8 +16,8 @@ LOG: Final = get_logger("hybridkex.cli.own_certificate")
 
 @contextmanager
 def watched(path: Path | None, certificate: x509.Certificate | None) -> Iterator[None]:
-    """In this context, log once that our certificate is about to expire, and once that it has
-    expired; at once if that is so at the start.
+    """In this context, log once when our certificate expires soon, and once when it has expired; at
+    the start if that is so already.
 
     Args:
         path: where it comes from.

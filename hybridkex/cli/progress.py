@@ -58,7 +58,7 @@ def _rich() -> ModuleType | None:
 
 
 class _Lines(Progress):
-    """One line when a file has ended."""
+    """Prints one line when a file has ended."""
 
     def __init__(self, verb: str) -> None:
         self._verb = verb

@@ -80,11 +80,11 @@ def run_service(main: Callable[[EndRequest], Awaitable[None]]) -> None:
 
 @contextmanager
 def end_as_interrupted() -> Iterator[None]:
-    """In the context, SIGTERM and SIGHUP end a command as Ctrl-C does, so that it ends its
+    """In this context, SIGTERM and SIGHUP end a command as Ctrl-C does, so that it ends its
     processes and removes its temporary files.
 
-    A shell that starts a command in the background lets it ignore SIGINT, and Python then installs
-    no handler for it; here it has one again. Under nohup, SIGHUP stays ignored.
+    A command that a shell starts in the background ignores SIGINT, and Python then installs no
+    handler for it; this context installs one. Under nohup, SIGHUP stays ignored.
     """
 
     def interrupt(_: int, frame: FrameType | None) -> None:

@@ -93,7 +93,7 @@ class OqsKem:
 
     @property
     def parts(self) -> Sequence[KeyExchange]:
-        """This key exchange alone."""
+        """The parts: this key exchange alone."""
         return (self,)
 
     def start(self) -> Started:

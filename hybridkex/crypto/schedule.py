@@ -113,7 +113,7 @@ class EarlySecret(_Base):
 
     @classmethod
     def start(cls, hash_function: HashFunction, psk: Secret | None = None) -> "EarlySecret":
-        """From a PSK of any length, or from ``hash.size`` zeros."""
+        """Begin with a PSK of any length, or with ``hash.size`` zeros."""
         if psk is None:
             return _early_secret_without_psk(hash_function)
         return cls(hash_function, hkdf_extract(hash_function, bytes(hash_function.size), psk))

@@ -135,7 +135,7 @@ class OqsPublicKey:
 
     @classmethod
     def from_spki(cls, spki: bytes) -> "OqsPublicKey | None":
-        """From a SubjectPublicKeyInfo; ``None`` where the algorithm is none of these.
+        """Read a SubjectPublicKeyInfo; ``None`` if its algorithm is not one of these.
 
         Its length is checked when a signature is verified.
         """

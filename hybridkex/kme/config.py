@@ -329,4 +329,4 @@ _SCALARS: Final[dict[Any, tuple[tuple[type, ...], Callable[[Any, Path], Any]]]] 
     TcpAddress: ((str,), lambda value, _: parse_tcp_address(value)),
     IdRule: ((str,), lambda value, _: _id_rule(value)),
 }
-"""For each type of a field: the TOML types that it accepts, and the conversion from them."""
+"""The TOML types that each type of field accepts, and the conversion from them."""

@@ -148,7 +148,7 @@ class PeerLink(Protocol):
         """Announce that these keys will not be used. Raises ``KeySourceUnavailable``."""
 
     async def check(self, key_ids: Sequence[str]) -> list[str]:
-        """Which of these blocks the other KME lacks. Raises ``KeySourceUnavailable``."""
+        """Return those of these blocks that the peer KME lacks. Raises ``KeySourceUnavailable``."""
 
 
 class HttpPeer:

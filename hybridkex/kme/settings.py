@@ -92,12 +92,12 @@ class EntitySettings:
     saes: frozenset[str]
     """The SAEs attached to it."""
     peers: Mapping[str, frozenset[str]]
-    """For each other KME with a link to it, the SAEs attached there."""
+    """The SAEs attached to each KME that has a link to this one."""
     limits: KmeLimits = field(default_factory=KmeLimits)
     self_pairs: bool = False
     """Whether a slave may be attached here too, or be the master itself."""
     not_found_status: int = 400
-    """By the standard 400; many deployed KMEs use 404."""
+    """400 in the standard; many deployed KMEs use 404."""
 
     def __post_init__(self) -> None:
         everyone = [*self.saes, *(sae for attached in self.peers.values() for sae in attached)]

@@ -174,7 +174,7 @@ class Plan:
 
 @functools.lru_cache(maxsize=64)
 def _order(frame: int, room: int, number: int) -> Nodes:
-    """For each place in one pass, the number of the bit of a frame that stands there.
+    """The number of the bit of a frame at each place of one pass.
 
     The order is fixed for each length. Eve may know it, because the requests disclose it anyway,
     and errors do not depend on it. It comes from a stream cipher, so that both sides have the same

@@ -31,7 +31,7 @@ class Direction(IntEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One line of the ledger; bytes."""
+    """One line of the ledger; amounts in bytes."""
 
     block: int
     what: str

@@ -317,8 +317,8 @@ class _Party(Generic[L]):
         raise NotImplementedError
 
     async def _committed(self) -> None:
-        """From here on, the key is disclosed in part. Alice gets here after Bob: what Bob refuses,
-        or cannot use, is not used up at Alice's end."""
+        """Commit the detections: from here on, the key is disclosed in part. Alice commits after
+        Bob, so that detections that Bob refuses or cannot use are not used up at Alice's end."""
         if self._commit is not None:
             await in_thread(self._commit)
 

@@ -109,7 +109,7 @@ class SimulatedLink:
         self._ends = _bootstraps(bootstrap, self._shared)
         self._parties: tuple[Alice | Bob, ...] = ()
         self._streams: tuple[trio.abc.Stream, ...] = ()
-        """Of the parties, in their order."""
+        """The streams of the parties, in the order of the parties."""
         self._over = False
 
     @property

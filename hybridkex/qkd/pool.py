@@ -127,7 +127,7 @@ class FilePool:
         )
 
     async def never_here(self, key_ids: Sequence[str]) -> list[str]:
-        """Those of these IDs whose keys were never put into the pool."""
+        """Return those of these IDs whose keys were never put into the pool."""
         return await self._store.never_here(self._names.peer_kme, list(dict.fromkeys(key_ids)))
 
     async def get_key(self) -> QkdKey:

@@ -42,13 +42,13 @@ T = TypeVar("T")
 OLDEST: Final = 13
 """The oldest version of PostgreSQL that has what a store needs."""
 WAIT_SECONDS: Final = 3.0
-"""For a connection of the pool, and for a new one."""
+"""Time limit for getting a connection of the pool, and for a new connection."""
 STATEMENT_SECONDS: Final = 5.0
-"""For one statement, waiting for locks included."""
+"""Time limit of one statement, waiting for locks included."""
 SILENT_SECONDS: Final = STATEMENT_SECONDS + 1
-"""For the answer to a statement, of a server that may not even notice the limit."""
+"""Time limit for the answer to a statement, for a server that does not notice its own limit."""
 CANCEL_SECONDS: Final = 1.0
-"""For such a server to be told that we wait no longer."""
+"""Time limit for telling such a server that we no longer wait."""
 
 
 _NO_POOLER: Final = (
@@ -209,7 +209,7 @@ def check_session(connection: "psycopg.Connection[Any]", where: str) -> None:
 
 
 def reason(error: BaseException | None) -> str:
-    """In one line, without what libpq appends about the statement."""
+    """Return an error in one line, without the text about the statement that libpq appends."""
     if isinstance(error, PoolTimeout):
         return f"no connection within {WAIT_SECONDS:g} s"
     text = " ".join(str(error).split("\n")[0].split()) or type(error).__name__

@@ -97,13 +97,14 @@ _OPENING: Final = (
     f"{_SCOPE} CASE WHEN current_setting('synchronous_commit') IN ('off', 'local')"
     " THEN set_config('synchronous_commit', 'on', true) END FROM hybridkex_meta"
 )
-"""The first statement of a transaction, which confines it to a link, and deliveries to an SAE; what
-it must know. The commit is durable, whatever the server's default is now; a stronger one stays."""
+"""The first statement of a transaction. It confines the transaction to a link, and deliveries to an
+SAE, and returns what the transaction must know. The commit is durable, whatever the server's
+default is; a stronger setting stays."""
 _OPENING_LAZY: Final = f"{_SCOPE} set_config('synchronous_commit', 'off', true) FROM hybridkex_meta"
-"""Likewise; the commit may be lost with the machine."""
+"""The same with a commit that may be lost if the machine fails."""
 _THESE: Final = "link || '' = %s AND key_id = ANY(%s)"
-"""Rows of the material by their IDs. The concatenation keeps the planner from a walk through the
-link's stock by the index that is there for reserving."""
+"""Rows of the material by their IDs. The concatenation prevents a scan of the link's stock through
+the index that exists for reserving."""
 
 
 _FREE: Final = (
@@ -157,13 +158,14 @@ class PostgresKeyStore(KeyStore):
         self._telling = threading.Lock()
         """Guards the state of failure logging: calls run in several threads."""
         self._held: dict[tuple[str, str], str] = {}
-        """For each reserved block of a link, the mark of its reservation."""
+        """The mark of the reservation of each reserved block of a link."""
         self._marks = 0
         self._first: dict[tuple[str, int], int] = {}
-        """For each half of a link, where to look for keys first. Before that are those that have
-        gone: the database walks over them while a long transaction, such as a dump, keeps them."""
+        """The position in each half of a link from which to look for keys. The keys before it are
+        deleted: the database scans them as long as a long transaction, such as a dump, keeps their
+        rows."""
         self._from_the_start = 0.0
-        """When to look for released keys there again, by the monotonic clock."""
+        """When to look for released keys before that position again, by the monotonic clock."""
         self._meta = place_of("meta", owner)
         conninfo, self.where = _prepared(url)
         self._pool: ConnectionPool[BoundedConnection] = ConnectionPool(
@@ -310,7 +312,7 @@ class PostgresKeyStore(KeyStore):
         self._seal, self._generation = settled
 
     async def renew(self) -> bool:
-        """See :class:`~hybridkex.qkd.store.KeyStore`. It is done when one walk that began after the
+        """See :class:`~hybridkex.qkd.store.KeyStore`. It is done when a scan that began after the
         end of every transaction under an earlier key has found nothing."""
 
         def state(cursor: _Cursor) -> tuple[bool, bool]:

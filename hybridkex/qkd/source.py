@@ -45,7 +45,7 @@ class KeyPart:
     master_kme: str
     slave_kme: str
     key_id: str
-    """In the form of :func:`canonical_key_id`."""
+    """The ID in the form of :func:`canonical_key_id`."""
 
 
 KeyReference: TypeAlias = tuple[KeyPart, ...]

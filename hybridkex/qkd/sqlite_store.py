@@ -399,7 +399,8 @@ class SqliteKeyStore(KeyStore):
 
     @contextmanager
     def _transaction(self) -> Iterator[_Db]:
-        """One durable change or none, before any call; of any link."""
+        """A transaction before any call, over all links: its changes are made completely and
+        durably, or not at all."""
         self._unscrubbed = True
         self._scope = (EVERY_LINK, None)
         self._db.execute("BEGIN IMMEDIATE")

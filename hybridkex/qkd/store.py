@@ -204,11 +204,11 @@ class KeyStore(ABC):
         return ids, ((1, 0) if half == 0 else None)
 
     async def unknown(self, link: str, key_ids: Sequence[str]) -> list[str]:
-        """Those of these IDs that are not material of the link."""
+        """Return those of these IDs that are not material of the link."""
         return await self._not_among(("material",), link, key_ids)
 
     async def never_here(self, link: str, key_ids: Sequence[str]) -> list[str]:
-        """Those of these IDs that are neither material of the link nor spent."""
+        """Return those of these IDs that are neither material of the link nor spent."""
         return await self._not_among(("material", "spent"), link, key_ids)
 
     async def _not_among(
@@ -352,7 +352,7 @@ class KeyStore(ABC):
     async def delivered(
         self, link: str, promises: Iterable[tuple[str, str, str]]
     ) -> list[tuple[str, str, str]]:
-        """Those of these promises (key ID, slave, master) that have ended as delivered."""
+        """Return those of these promises (key ID, slave, master) that have ended as delivered."""
 
         def work(db: _Db) -> list[tuple[str, str, str]]:
             return [
@@ -509,7 +509,7 @@ class KeyStore(ABC):
 
     @abstractmethod
     def _among(self, db: _Db, table: str, link: str, key_ids: Sequence[str]) -> set[str]:
-        """Those of these IDs that are in ``material`` or ``spent``."""
+        """Return those of these IDs that are in ``material`` or ``spent``."""
 
     @abstractmethod
     def _add_material(
@@ -529,7 +529,7 @@ class KeyStore(ABC):
 
     @abstractmethod
     def _unreserved(self, db: _Db, link: str, key_ids: Sequence[str]) -> list[str]:
-        """Those of these IDs that are not reserved."""
+        """Return those of these IDs that are not reserved."""
 
     @abstractmethod
     def _take(self, db: _Db, link: str, key_ids: Sequence[str]) -> dict[str, tuple[bytes, bool]]:

@@ -131,7 +131,7 @@ def peercert_of(session: Session) -> dict[str, Any] | None:
 
 
 def serial_number(number: int) -> str:
-    """In hexadecimal, whole bytes, as the ssl module writes it."""
+    """Format a number in hexadecimal, in whole bytes, as the ssl module does."""
     digits = f"{number:X}"
     return digits.zfill(len(digits) + len(digits) % 2)
 

@@ -119,7 +119,7 @@ class _Offer:
 
     @cached_property
     def classes(self) -> tuple[type[ext.Extension], ...]:
-        """Those of the extensions that are sent."""
+        """Return those of the extensions that are sent."""
         return (*self.constant.classes, *map(type, self._last_extensions))
 
     @cached_property

@@ -542,7 +542,7 @@ class _Unsaid(TicketIssuer):
     """The default of ``tickets``: the policy decides. This object never issues a ticket."""
 
     def __init__(self) -> None:
-        """It needs no key."""
+        """Make no ticket key."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -198,7 +198,8 @@ class WritingHalf:
             self.protection.update_early()
 
     def update_early(self) -> None:
-        """From now on an update takes a round trip, so it is due long before a key's limit."""
+        """Make updates due long before a key's limit, because from now on an update takes a round
+        trip."""
         self._updates_early = True
         self.keyed.update_early()
 

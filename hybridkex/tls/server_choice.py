@@ -225,7 +225,8 @@ class Hello:
 
 
 def first_usable(config: ServerConfig, hello: Hello, suite: CipherSuite) -> bytes:
-    """For the cookie: a digest of the first identity that may be used with this suite, if any."""
+    """Return, for the cookie, a digest of the first identity that may be used with this suite, if
+    any."""
     for offered in hello.offered_psks:
         if _usable_with(config, hello, offered) is suite.hash:
             return hashlib.sha256(offered.identity).digest()

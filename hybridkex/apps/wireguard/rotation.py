@@ -155,7 +155,7 @@ class Rotator:
 
     @property
     def standing(self) -> str:
-        """Which key is in force, for a message."""
+        """Say which key is in force, for a message."""
         age = self._clock() - self._in_force.since
         return self._in_force.state.value.format(age=age)
 

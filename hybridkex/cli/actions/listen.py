@@ -25,7 +25,7 @@ from hybridkex.tls.config import ServerConfig
 LOG: Final = get_logger("hybridkex.listen")
 
 MAX_CONNECTIONS: Final = 256
-"""At once, after their handshakes."""
+"""The maximum number of simultaneous connections after their handshakes."""
 
 Stream = SecureStream[trio.SocketStream]
 

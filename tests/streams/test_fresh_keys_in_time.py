@@ -286,7 +286,8 @@ async def test_an_outage(seed: int, autojump_clock: trio.testing.MockClock) -> N
 
 @pytest.mark.slow
 def test_many_outages(thorough: bool) -> None:
-    for seed in range(25, 1000 if thorough else 325):
+    """A thousand of them with ``--thorough``."""
+    for seed in range(25, 1000 if thorough else 125):
         trio.run(outage, seed, clock=trio.testing.MockClock(autojump_threshold=0))
 
 

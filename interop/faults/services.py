@@ -4,10 +4,10 @@ import contextlib
 import itertools
 import json
 import secrets
+import shlex
 import signal
 import socket
 import socketserver
-import sys
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -388,20 +388,13 @@ class KmeLink(Kme):
         return [self.world.start(path.stem, "kme", "serve", path) for path in self.files]
 
 
-_WG = """#!{python} -I
-import os, sys
-place, words = {place!r}, sys.argv[1:]
-if words[0] == "show":
-    try:
-        key = open(place).read().strip()
-    except OSError:
-        key = "(none)"
-    print({peer!r} + "\\t" + key)
-else:
-    key = sys.stdin.read()
-    with open(place + ".new", "w") as file:
-        file.write(key)
-    os.replace(place + ".new", place)
+_WG = """#!/bin/sh
+place={place}
+if [ "$1" = show ]; then
+    printf '%s\\t%s\\n' '{peer}' "$(cat "$place" 2>/dev/null || echo '(none)')"
+else
+    cat >"$place.new" && mv "$place.new" "$place"
+fi
 """
 _WG_PEER = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8="
 
@@ -417,7 +410,7 @@ class WgPsk(Service):
         self.installed = []
         for end in ("a", "b"):
             script, place = self.world.folder / f"wg-{end}", self.world.folder / f"installed-{end}"
-            script.write_text(_WG.format(python=sys.executable, place=str(place), peer=_WG_PEER))
+            script.write_text(_WG.format(place=shlex.quote(str(place)), peer=_WG_PEER))
             script.chmod(0o755)
             self.installed.append(place)
 

@@ -4,12 +4,11 @@ import asyncio
 import gc
 import os
 import socket
-import subprocess
-import sys
 import types
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -356,22 +355,18 @@ else:
 
 @pytest.mark.parametrize("library", ["asyncio", "uvloop"])
 @pytest.mark.parametrize("how", ["a server", "two servers", "own handler", "own handler later"])
-def test_sigterm(how: str, library: str) -> None:
+def test_sigterm(hybridkex: Any, tmp_path: Path, how: str, library: str) -> None:
     """A request that runs is answered, and the application gets its end, as with hypercorn's own
     ``serve``."""
     if library == "uvloop":
         pytest.importorskip("uvloop", reason="uvloop is not installed: pip install uvloop")
-    result = subprocess.run(
-        [sys.executable, "-c", PROGRAM, how, library],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert (result.returncode, result.stderr) == (0, "")
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    result = hybridkex.run(how, library, program=str(program))
+    assert (result.returncode, result.stderr) == (0, b"")
     number = 2 if how == "two servers" else 1
     own = ["own"] * 2 if how.startswith("own") else []
-    lines = result.stdout.splitlines()
+    lines = result.stdout.decode().splitlines()
     if how == "two servers":  # the other one, which has no request, ends as soon
         lines.sort(key=["lifespan.startup", "HTTP/1.1 200", "lifespan.shutdown", "NoneType"].index)
     assert lines == [

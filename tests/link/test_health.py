@@ -28,6 +28,8 @@ from hybridkex.link.simulated import SimulatedLink, stream_pair
 from hybridkex.link.statistics import mean_lower, mean_upper
 from hybridkex.secret import Secret
 
+pytestmark = pytest.mark.usefixtures("steps_in_place")
+
 Bits = NDArray[np.uint8]
 ROWS = 60_000
 
@@ -99,15 +101,18 @@ PATTERNS: dict[str, Pattern] = {
 
 @pytest.mark.parametrize("kind", PATTERNS)
 @pytest.mark.parametrize("name", ["lim2014", "rusca2018"])
-def test_no_key_is_made_of_bits_that_are_not_random(name: str, kind: str) -> None:
+def test_no_key_is_made_of_bits_that_are_not_random(name: str, kind: str, thorough: bool) -> None:
+    """That nothing else objects is shown for every second pattern of each preset, in turn, and for
+    all with ``--thorough``."""
     bits = PATTERNS[kind](recorded(name)[0]).astype(np.uint8)
     alice, bob, settings = with_bits(name, bits)
     with pytest.raises(NotRandom, match=r"^Alice's bits are not random: [\d,]+ (of|bits)") as told:
         distil(alice, bob, settings)
     assert "\n" not in str(told.value)
     assert "check" in str(told.value)
-    # Nothing else objects: but for the test these would be keys.
-    assert distil(alice, bob, replace(settings, bit_check="off"))[1].keys
+    if thorough or list(PATTERNS).index(kind) % 2 == (name == "lim2014"):
+        # Nothing else objects: but for the test these would be keys.
+        assert distil(alice, bob, replace(settings, bit_check="off"))[1].keys
 
 
 @pytest.mark.parametrize("name", ["lim2014", "rusca2018", "bbm92"])

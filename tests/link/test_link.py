@@ -42,6 +42,8 @@ from hybridkex.streams import SecureStream
 from hybridkex.tls.config import ClientConfig, ServerConfig
 from tests.link.recording import RecordingStream
 
+pytestmark = pytest.mark.usefixtures("steps_in_place")
+
 
 @functools.cache
 def best(name: str, distance: float, block_bits: int) -> Preset:

@@ -27,6 +27,8 @@ from hybridkex.link.scan import evaluate
 from hybridkex.link.settings import DECOY_CHECKS, LEAKS, MEMORY, LinkSettings
 from hybridkex.link.simulated import SimulatedLink
 
+pytestmark = pytest.mark.usefixtures("steps_in_place")
+
 # -- dead time
 
 

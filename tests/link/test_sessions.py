@@ -30,6 +30,8 @@ from hybridkex.link.wire import HEADER, Hello, Type
 from hybridkex.secret import Secret
 from tests.link.recording import RecordingStream
 
+pytestmark = pytest.mark.usefixtures("steps_in_place")
+
 SETTINGS = LinkSettings(
     preset=dataclasses.replace(
         PRESETS["rusca2018"],

@@ -48,8 +48,8 @@ def become(request: dict[str, Any]) -> NoReturn:
         for name in request["without"]:
             sys.modules[name] = None  # type: ignore[assignment]  # "not there" (import system, 5.3.1)
     for name, value in request["limits"].items():
-        hard = resource.getrlimit(getattr(resource, name))[1]
-        resource.setrlimit(getattr(resource, name), (value + _in_use(name), hard))
+        limit = value + _in_use(name)
+        resource.setrlimit(getattr(resource, name), (limit, limit))
     if request["unprivileged"] and os.getuid() == 0:
         os.setgroups([])
         os.setgid(NOBODY)

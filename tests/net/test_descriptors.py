@@ -4,16 +4,17 @@ import contextlib
 import logging
 import re
 import resource
+import signal
 import socket
-import subprocess
-import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import trio
+from forked import Forkserver, Running
+from waiting import until
 
 from hybridkex.auth.dev_ca import DevCa, write_identity
 from hybridkex.net import descriptors
@@ -133,25 +134,15 @@ def test_the_soft_limit_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- whole processes ------------------------------------------------------------------------------
 
 
-def few_files() -> None:
-    resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, FILES))
-
-
 @contextlib.contextmanager
-def server(*words: object, log: Path) -> Iterator["subprocess.Popen[str]"]:
-    with log.open("w") as told:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "hybridkex", *map(str, words)],
-            stdout=subprocess.PIPE,
-            stderr=told,
-            text=True,
-            preexec_fn=few_files,  # noqa: PLW1509  # no threads run here
-        )
+def server(hybridkex: Forkserver, *words: object, log: Path) -> Iterator[Running]:
+    with log.open("wb") as told:
+        process = hybridkex.start(*words, stderr=told, limits={"RLIMIT_NOFILE": FILES})
     try:
         yield process
     finally:
-        process.terminate()
-        process.communicate(timeout=LIMIT)
+        process.send_signal(signal.SIGTERM)
+        process.wait(LIMIT)
 
 
 @contextlib.contextmanager
@@ -168,25 +159,16 @@ def idle(*ports: int, count: int = IDLE) -> Iterator[None]:
         yield
 
 
-def found(log: Path, pattern: str) -> str:
-    deadline = time.monotonic() + LIMIT
-    while time.monotonic() < deadline:
-        if match := re.search(pattern, log.read_text()):
-            return match[1]
-        time.sleep(0.05)
-    raise AssertionError(f"no {pattern} in {log.read_text()}")
+def found(pattern: str, read: Callable[[], str], process: Running) -> str:
+    until(lambda: re.search(pattern, read()), process)
+    match = re.search(pattern, read())
+    assert match is not None
+    return match[1]
 
 
-def served(port: int, target: socket.socket, folder: Path) -> None:
+def served(hybridkex: Forkserver, port: int, target: socket.socket, folder: Path) -> None:
     """A client of a tunnel gets what the target sends."""
-    connect = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "hybridkex", "connect", "127.0.0.1", str(port)),
-            *("--ca", str(folder / "keys/ca.pem")),
-        ],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
+    connect = hybridkex.start("connect", "127.0.0.1", port, "--ca", folder / "keys/ca.pem")
     target.settimeout(LIMIT)
     inner, _ = target.accept()
     with inner:
@@ -202,29 +184,24 @@ def get_metrics(port: int) -> bytes:
 
 
 @pytest.mark.slow
-def test_a_kme_with_300_idle_connections_at_each_door(tmp_path: Path) -> None:
+def test_a_kme_with_300_idle_connections_at_each_door(
+    hybridkex: Forkserver, tmp_path: Path
+) -> None:
     words = ("kme", "dev-up", tmp_path / "sites", "--ports", "0,0", "--metrics", "127.0.0.1:0")
     log = tmp_path / "log"
-    with server(*words, log=log) as process:
-        ports = []
-        assert process.stdout is not None
-        for line in process.stdout:
-            ports += [int(port) for port in re.findall(r"http.*:(\d+)(?:/metrics)?$", line)]
-            if found_options := re.search(r"hybridkex connect .*?(--kme .*)", line):
-                options = found_options[1].split()
-                break
+    with server(hybridkex, *words, log=log) as process:
+
+        def said() -> str:
+            return process.said().decode()
+
+        options = found(r"hybridkex connect .*?(--kme .*)\n", said, process).split()
+        ports = [int(port) for port in re.findall(r"(?m)http.*:(\d+)(?:/metrics)?$", said())]
         assert len(ports) == 3
         with idle(*ports):
             assert b"hybridkex" in get_metrics(ports[2])
-            asked = subprocess.run(
-                [sys.executable, "-m", "hybridkex", "kme", "status", *options],
-                capture_output=True,
-                text=True,
-                timeout=LIMIT,
-                check=False,
-            )
+            asked = hybridkex.run("kme", "status", *options)
             assert asked.returncode == 0, asked.stderr
-            assert '"stored_key_count"' in asked.stdout
+            assert b'"stored_key_count"' in asked.stdout
         assert process.poll() is None
         told = log.read_text()
         assert f"this process may open {FILES} files" in told
@@ -232,32 +209,35 @@ def test_a_kme_with_300_idle_connections_at_each_door(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_tunnel_with_300_idle_connections_at_each_door(tmp_path: Path) -> None:
+def test_a_tunnel_with_300_idle_connections_at_each_door(
+    hybridkex: Forkserver, tmp_path: Path
+) -> None:
     ca = DevCa.create()
     write_identity(tmp_path / "keys", ca, ca.issue("localhost", "127.0.0.1"))
-    log = tmp_path / "log"
+    log, port_file = tmp_path / "log", tmp_path / "port"
     keys = ("--cert", tmp_path / "keys/cert.pem", "--key", tmp_path / "keys/key.pem")
     with socket.create_server(("127.0.0.1", 0)) as target:
         words = (
             *("tunnel", "listen", "--local", "127.0.0.1:0", "--metrics", "127.0.0.1:0"),
             *("--target", f"127.0.0.1:{target.getsockname()[1]}", *keys),
-            *("--port-file", tmp_path / "port"),
+            *("--port-file", port_file),
         )
-        with server(*words, log=log) as process:
-            metrics = int(found(log, r"metrics on http://127\.0\.0\.1:(\d+)"))
-            deadline = time.monotonic() + LIMIT
-            while not (tmp_path / "port").exists() and time.monotonic() < deadline:
-                time.sleep(0.05)
-            port = int((tmp_path / "port").read_text())
+        with server(hybridkex, *words, log=log) as process:
+            line = r"metrics on http://127\.0\.0\.1:(\d+)"
+            metrics = int(found(line, log.read_text, process))
+            until(port_file.exists, process)
+            port = int(port_file.read_text())
             with idle(port, metrics):
                 assert b"hybridkex" in get_metrics(metrics)
-                served(port, target, tmp_path)
+                served(hybridkex, port, target, tmp_path)
             assert process.poll() is None
             assert "cannot accept connections" not in log.read_text()
 
 
 @pytest.mark.slow
-def test_strangers_at_nine_tunnels_leave_the_tenth_alone(tmp_path: Path) -> None:
+def test_strangers_at_nine_tunnels_leave_the_tenth_alone(
+    hybridkex: Forkserver, tmp_path: Path
+) -> None:
     ca = DevCa.create()
     write_identity(tmp_path / "keys", ca, ca.issue("localhost", "127.0.0.1"))
     log, file = tmp_path / "log", tmp_path / "tunnels.toml"
@@ -270,13 +250,14 @@ def test_strangers_at_nine_tunnels_leave_the_tenth_alone(tmp_path: Path) -> None
                 'cert = "keys/cert.pem"\nkey = "keys/key.pem"\n'
             )
         file.write_text(text)
-        with server("tunnel", "run", file, log=log) as process:
+        with server(hybridkex, "tunnel", "run", file, log=log) as process:
             lines = [rf"tunnel t{number}: listening on 127\.0\.0\.1:(\d+)," for number in range(10)]
-            ports = [int(found(log, line)) for line in lines]
-            metrics = int(found(log, r"metrics on http://127\.0\.0\.1:(\d+)"))
+            ports = [int(found(line, log.read_text, process)) for line in lines]
+            line = r"metrics on http://127\.0\.0\.1:(\d+)"
+            metrics = int(found(line, log.read_text, process))
             with idle(*ports[:9], count=IDLE // 3):
                 for _ in range(3):
-                    served(ports[9], target, tmp_path)
+                    served(hybridkex, ports[9], target, tmp_path)
                 assert b"hybridkex" in get_metrics(metrics)
             assert process.poll() is None
             assert "cannot accept connections" not in log.read_text()

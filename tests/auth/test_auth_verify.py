@@ -897,8 +897,9 @@ def unharmed(chain: Sequence[bytes]) -> None:
 
 @pytest.mark.parametrize("place", [0, 1])
 @pytest.mark.parametrize("mask", [0x01, 0x80, 0xFF])
-def test_every_byte_counts(place: int, mask: int) -> None:
-    """A chain with any one byte changed is refused, and nothing but our error comes out.
+def test_every_byte_counts(place: int, mask: int, thorough: bool) -> None:
+    """A chain with any one byte changed is refused, and nothing but our error comes out. Without
+    ``--thorough``, each byte is changed by one mask, and each third one by the others.
 
     One byte is outside of what is signed and of the signature: how many bits of the last byte of
     the signature do not count. The parser takes 1 for 0 there if that bit is 0, and the same
@@ -906,8 +907,9 @@ def test_every_byte_counts(place: int, mask: int) -> None:
     """
     original = (UNDER_MIDDLE, MIDDLE)[place]
     good = der(UNDER_MIDDLE, MIDDLE)
+    positions = range(0, len(good[place]), 1 if thorough or mask == 1 else 3)
     refusals = 0
-    for position in range(len(good[place])):
+    for position in positions:
         changed = bytearray(good[place])
         changed[position] ^= mask
         chain = [*good[:place], bytes(changed), *good[place + 1 :]]
@@ -920,7 +922,7 @@ def test_every_byte_counts(place: int, mask: int) -> None:
             same = x509.load_der_x509_certificate(bytes(changed))
             assert same.tbs_certificate_bytes == original.tbs_certificate_bytes
             assert same.signature == original.signature
-    assert refusals >= len(good[place]) - 1
+    assert refusals >= len(positions) - 1
 
 
 @given(st.lists(st.binary(max_size=200), max_size=3))

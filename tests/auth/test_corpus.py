@@ -2,6 +2,7 @@
 
 import base64
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -48,21 +49,32 @@ def test_our_verdict(title: str) -> None:
     assert "Unknown OID" not in text
 
 
-@pytest.mark.parametrize("title", CASES)
-def test_the_verdict_of_openssl(title: str, openssl: str, tmp_path: Path) -> None:
-    case = CASES[title]()
-    (tmp_path / "leaf.pem").write_bytes(pem(case.chain[0]))
-    (tmp_path / "roots.pem").write_bytes(pem(*case.roots))
-    (tmp_path / "sent.pem").write_bytes(pem(*case.chain[1:]))
-    command = [openssl, "verify", "-no-CApath", "-no-CAstore", "-CAfile", "roots.pem"]
-    command += ["-attime", str(int(case.at.timestamp()))]
-    command += ["-purpose", "sslclient" if case.client else "sslserver"]
-    if len(case.chain) > 1:
-        command += ["-untrusted", "sent.pem"]
-    if not case.client:
-        command += ["-verify_ip" if case.host[-1].isdigit() else "-verify_hostname", case.host]
-    done = subprocess.run([*command, "leaf.pem"], cwd=tmp_path, capture_output=True, check=False)
-    assert (done.returncode == 0) == case.openssl, done.stderr
+def test_the_verdicts_of_openssl(openssl: str, tmp_path: Path) -> None:
+    cases = [make() for make in CASES.values()]
+    script = []
+    for number, case in enumerate(cases):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "leaf.pem").write_bytes(pem(case.chain[0]))
+        (folder / "roots.pem").write_bytes(pem(*case.roots))
+        (folder / "sent.pem").write_bytes(pem(*case.chain[1:]))
+        command = [openssl, "verify", "-no-CApath", "-no-CAstore", "-CAfile", "roots.pem"]
+        command += ["-attime", str(int(case.at.timestamp()))]
+        command += ["-purpose", "sslclient" if case.client else "sslserver"]
+        if len(case.chain) > 1:
+            command += ["-untrusted", "sent.pem"]
+        if not case.client:
+            command += ["-verify_ip" if case.host[-1].isdigit() else "-verify_hostname", case.host]
+        script += [f"cd {folder}", f"{shlex.join([*command, 'leaf.pem'])} > said 2>&1", "echo $?"]
+    # One shell starts them all, which costs less than a process of ours for each.
+    done = subprocess.run("sh", input="\n".join(script), capture_output=True, text=True, check=True)
+    found = [status == "0" for status in done.stdout.split()]
+    wrong = [
+        f"{case.title}: {(tmp_path / str(number) / 'said').read_text()}"
+        for number, (case, verdict) in enumerate(zip(cases, found, strict=True))
+        if verdict != case.openssl
+    ]
+    assert wrong == []
 
 
 def table() -> str:

@@ -3,7 +3,7 @@
 import os
 import stat
 import subprocess
-import sys
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, mldsa, padding, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID
+from forked import Forkserver
 from OpenSSL import crypto
 
 from hybridkex.auth import DevCa, Identity, TrustStore, parse_peer_name, spki_sha256
@@ -269,17 +270,20 @@ def test_a_place_that_is_no_folder(tmp_path: Path) -> None:
 # The command
 
 
-def dev_ca(*words: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-m", "hybridkex", "dev-ca", *words],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=30,
-    )
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
-def test_the_command(tmp_path: Path) -> None:
+@pytest.fixture
+def dev_ca(hybridkex: Forkserver) -> Command:
+    def run(*words: object) -> "subprocess.CompletedProcess[str]":
+        done = hybridkex.run("dev-ca", *words)
+        said, told = done.stdout.decode(), done.stderr.decode()
+        return subprocess.CompletedProcess(done.args, done.returncode, said, told)
+
+    return run
+
+
+def test_the_command(dev_ca: Command, tmp_path: Path) -> None:
     folder = tmp_path / "my keys"
     done = dev_ca(str(folder))
     assert done.returncode == 0, done.stderr
@@ -299,7 +303,7 @@ def test_the_command(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("algorithm", ["rsa", "ed25519", "mldsa65"])
-def test_the_command_with_other_keys(tmp_path: Path, algorithm: str) -> None:
+def test_the_command_with_other_keys(dev_ca: Command, tmp_path: Path, algorithm: str) -> None:
     done = dev_ca(str(tmp_path), "--name", "*.b.example", "--name", "10.0.0.1", "--alg", algorithm)
     assert done.returncode == 0, done.stderr
     identity = Identity.from_files(tmp_path / "cert.pem", tmp_path / "key.pem")
@@ -309,7 +313,7 @@ def test_the_command_with_other_keys(tmp_path: Path, algorithm: str) -> None:
     assert f"({algorithm})" in done.stdout
 
 
-def test_the_command_and_what_is_there(tmp_path: Path) -> None:
+def test_the_command_and_what_is_there(dev_ca: Command, tmp_path: Path) -> None:
     assert dev_ca(str(tmp_path)).returncode == 0
     key = (tmp_path / "key.pem").read_bytes()
     again = dev_ca(str(tmp_path))
@@ -320,7 +324,7 @@ def test_the_command_and_what_is_there(tmp_path: Path) -> None:
     assert (tmp_path / "key.pem").read_bytes() != key
 
 
-def test_mistakes_at_the_command_line(tmp_path: Path) -> None:
+def test_mistakes_at_the_command_line(dev_ca: Command, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for words, status in (
         ((), 2),

@@ -201,7 +201,7 @@ async def test_no_connection_is_refused_while_workers_change(tunnel: Tunnel) -> 
             stop = trio.Event()
             for _ in range(3):
                 nursery.start_soon(program, stop)
-            for _ in range(3):
+            for _ in range(2):
                 before = done
                 await tunnel.reload("reloaded")
                 await trio_until(lambda before=before: done > before + 3)

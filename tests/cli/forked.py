@@ -39,6 +39,8 @@ LIMIT = 60.0
 def become(request: dict[str, Any]) -> NoReturn:
     """Be the command."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in request["ignored"]:
+        signal.signal(number, signal.SIG_IGN)
     os.chdir(request["folder"])
     os.environ.update(request["environment"])
     if request["without"]:
@@ -207,6 +209,7 @@ class Forkserver:
         limits: Mapping[str, int] | None = None,
         constants: Mapping[str, float] | None = None,
         without: Sequence[str] = (),
+        ignored: Sequence[int] = (),
         to_the_end: bool = False,
         program: str = "hybridkex.cli",
     ) -> Running:
@@ -225,6 +228,7 @@ class Forkserver:
             constants: other values of modules' constants, by ``module.NAME``: intervals that a
                 test would wait for.
             without: packages that are not there.
+            ignored: signals that it ignores at its beginning.
             to_the_end: take the interpreter apart as always, which writes once more what it could
                 not write before; 0.1 s.
             program: the module whose ``main`` runs, or the path of a script.
@@ -237,6 +241,7 @@ class Forkserver:
             "limits": dict(limits or {}),
             "constants": dict(constants or {}),
             "without": list(without),
+            "ignored": list(ignored),
             "to_the_end": to_the_end,
             "program": program,
         }

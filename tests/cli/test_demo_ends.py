@@ -3,18 +3,18 @@
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from forked import Forkserver, Running
+from forked import Forkserver
 from waiting import until
 
 MOMENTS = random.Random(38)
 LATEST = 2.0
-"""Seconds: by then all processes of both commands run, and neither command is near its end."""
+"""Seconds: by then all processes of both commands run, and neither command is near its end. More
+moments are early, while the processes start."""
 
 
 def processes_of(folder: Path) -> list[str]:
@@ -29,36 +29,16 @@ def processes_of(folder: Path) -> list[str]:
     return found
 
 
-LAUNCH = """
-import os, signal, sys
-ignored = sys.argv[1].split()
-for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
-    signal.signal(number, signal.SIG_IGN if str(int(number)) in ignored else signal.SIG_DFL)
-os.execv(sys.executable, [sys.executable, "-m", "hybridkex", *sys.argv[2:]])
-"""
-"""Starts the command with these signals ignored and no others, whatever pytest ignores."""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["demo", "rndl"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_command_in_the_background_can_be_ended(
-    tmp_path: Path, command: str, number: signal.Signals
+    hybridkex: Forkserver, tmp_path: Path, command: str, number: signal.Signals
 ) -> None:
     """``nohup hybridkex demo &`` in a script: SIGINT, SIGQUIT and SIGHUP are ignored, until the
     command itself takes care of SIGINT."""
-    ignored = " ".join(str(int(one)) for one in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP))
-    folder = temporary(tmp_path)
-    with (tmp_path / "said").open("wb") as said:
-        process = subprocess.Popen(
-            [sys.executable, "-c", LAUNCH, ignored, *words_of(command)],
-            cwd=tmp_path,
-            env={**os.environ, "TMPDIR": str(folder)},
-            stdout=subprocess.DEVNULL,
-            stderr=said,
-        )
-    ends(process, folder, [signal.SIGHUP, number])
-    assert "Traceback" not in (tmp_path / "said").read_text()
+    ignored = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
+    run_and_end(hybridkex, tmp_path, command, [signal.SIGHUP, number], ignored=ignored)
 
 
 @pytest.mark.slow
@@ -81,33 +61,33 @@ def test_a_command_in_the_background_can_be_ended(
 def test_nothing_is_left(
     hybridkex: Forkserver, tmp_path: Path, command: str, signals: list[signal.Signals]
 ) -> None:
-    folder = temporary(tmp_path)
-    environment = {"TMPDIR": str(folder)}
-    process = hybridkex.start(*words_of(command), folder=tmp_path, environment=environment)
-    ends(process, folder, signals)
-    assert b"Traceback" not in process.told()
+    run_and_end(hybridkex, tmp_path, command, signals)
 
 
-def temporary(tmp_path: Path) -> Path:
-    """Where the command has its folder; and a file for it to send."""
+def run_and_end(
+    hybridkex: Forkserver,
+    tmp_path: Path,
+    command: str,
+    signals: list[signal.Signals],
+    *,
+    ignored: Sequence[signal.Signals] = (),
+) -> None:
+    """Send the signals to a command some time after it has made its folder."""
     (tmp_path / "text").write_text("hello")
     folder = tmp_path / "temporary"
     folder.mkdir()
-    return folder
-
-
-def words_of(command: str) -> list[str]:
-    return [command, *(["text"] if command == "demo" else [])]
-
-
-def ends(
-    process: "subprocess.Popen[bytes] | Running", folder: Path, signals: list[signal.Signals]
-) -> None:
+    process = hybridkex.start(
+        *(command, *(["text"] if command == "demo" else [])),
+        folder=tmp_path,
+        environment={"TMPDIR": str(folder)},
+        ignored=ignored,
+    )
     until(lambda: any(folder.iterdir()) or process.poll() is not None)
-    time.sleep(MOMENTS.uniform(0, LATEST))
+    time.sleep(LATEST * MOMENTS.random() ** 2)
     for number in signals:
         process.send_signal(number)
         time.sleep(0.02)
     assert process.wait(30) != 0
     until(lambda: not any(folder.iterdir()))
     until(lambda: not processes_of(folder))
+    assert b"Traceback" not in process.told()

@@ -3,6 +3,8 @@
 import random
 import re
 import sqlite3
+import subprocess
+import sys
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import closing, contextmanager, suppress
@@ -450,3 +452,21 @@ async def test_a_database_of_version_2_is_taken_over(tmp_path: Path) -> None:
         await store.collect("b", ids[:1], slave="s", master="m")
     assert (await store.count("b"), await store.promised("b")) == (9, 3)
     await store.aclose()
+
+
+def test_a_transaction_in_service_has_ended_when_it_is_on_the_disk(tmp_path: Path) -> None:
+    """The other tests relax this (``tests/conftest.py``), so a process of its own looks."""
+    program = (
+        "import sys; from pathlib import Path; from hybridkex.secret import Secret\n"
+        "from hybridkex.qkd.sqlite_store import SqliteKeyStore\n"
+        "store = SqliteKeyStore(Path(sys.argv[1]), Secret(bytes(32)))\n"
+        "print(*store._db.execute('PRAGMA synchronous').fetchone())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "db")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    full = "2"  # https://sqlite.org/pragma.html#pragma_synchronous
+    assert done.stdout.split() == [full]

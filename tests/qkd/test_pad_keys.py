@@ -1,6 +1,8 @@
 """Which QKD keys a one-time pad gets, and which it does not, whatever a peer or a KME says."""
 
+import asyncio
 import contextlib
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -210,3 +212,39 @@ async def test_the_stock_in_bytes() -> None:
     assert before is not None
     assert await alice.stock_for_pads(SESSION) == before - 32
     assert isinstance(alice._peers[0].source, InProcessSource)
+
+
+class SlowItself(InProcessSource):
+    """A source with a time limit of its own, which it raises at once."""
+
+    async def _time_out(self, *_: Any) -> Any:
+        raise TimeoutError
+
+    get_key = get_key_with_id = status = _time_out
+
+
+@pytest.mark.parametrize("run", [asyncio.run, lambda main: trio.run(lambda: main)])
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda source, _: source.offer(),
+        lambda source, _: source.draw_for_update(SESSION, client=True, epoch=1),
+        lambda source, _: source.draw_for_pad(SESSION),
+        lambda source, _: source.stock_for_updates(SESSION),
+        lambda source, _: source.stock_for_pads(SESSION),
+        lambda source, psk: source.look_up((wire(psk),)),
+    ],
+)
+def test_a_time_limit_of_the_source_is_not_told_as_ours(
+    ask: Callable[[QkdPskSource, Any], Any], run: Callable[[Any], None]
+) -> None:
+    """Nobody waited for 5 s."""
+
+    async def main() -> None:
+        alice, bob = in_process_pair("alice", "bob")
+        psk = await QkdPskSource(alice).offer()
+        bob.__class__ = SlowItself
+        with pytest.raises(KeySourceUnavailable, match=r"its time limit or ours, 5 s\): "):
+            await ask(QkdPskSource(bob), psk)
+
+    run(main())

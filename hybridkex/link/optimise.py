@@ -265,7 +265,7 @@ def tuned(
     instance("preset", preset, Preset)
     best = _best(preset, block_bits, finite_key=finite_key)
     if best is None:
-        remedy = "shorten the fibre" if where is None else "lower the loss"
+        remedy = "shorten the fibre" if where is None else "choose a higher pass"
         where = where or f"{preset.channel.distance_km:g} km"
         raise NoKeyError(
             f"{preset.name} makes no key over {where} in blocks of {block_bits} bits; {remedy} or "

@@ -440,7 +440,7 @@ class _Party(Generic[L]):
             # With less in the ledger no later block could be authenticated, not even by signatures.
             raise BlockAborted(
                 f"{length.bits} secret bits are too few to authenticate the next block, which "
-                f"takes {8 * LEAST_SECRET}; make the blocks larger"
+                f"takes {8 * LEAST_SECRET}; use more detections in each block"
             )
         return _Outcome(counts=counts, leak=leak, bits=length.bits, phase_error=length.phase_error)
 

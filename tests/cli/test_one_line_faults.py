@@ -195,6 +195,20 @@ FAULTS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("qkd", "run", "--preset", "none"), "there are gys2005"),
     (("qkd", "run", "--block-bits", "0"), "--block-bits must be positive"),
     (("qkd", "run", "--distance", "5000"), "shorten the fibre or make the blocks larger"),
+    (
+        ("qkd", "run", "--satellite", "12", "--block-bits", "1000"),
+        "choose a higher pass or make the blocks larger",
+    ),
+    (
+        ("qkd", "record", "--detections", "500", "-o", "made"),
+        "lim2014 makes no key over 50 km of 500 detections; shorten the fibre, raise --detections, "
+        "or use --as-published",
+    ),
+    (
+        ("qkd", "record", "--distance", "900", "-o", "made"),
+        "lim2014 makes no key over 900 km of 1000000 detections; shorten the fibre, raise "
+        "--detections, or use --as-published",
+    ),
     (("qkd", "run", "--eve", "mallory"), "no eavesdropper 'mallory'"),
 )
 

@@ -377,7 +377,9 @@ def test_a_pass_has_a_loss_to_choose_settings_for(capsys: pytest.CaptureFixture[
     assert "pass of 436 seconds is over" in json.loads(capsys.readouterr().out)["aborted"]
     assert main([*command, "12", "--block-bits", "1000"]) == 1
     said = capsys.readouterr().err
-    assert "gys2005 makes no key over a pass up to 12 degrees in blocks of 1000 bits; lower" in said
+    assert (
+        "gys2005 makes no key over a pass up to 12 degrees in blocks of 1000 bits; choose a" in said
+    )
 
 
 async def test_blocks_of_a_pass_take_longer_where_the_loss_is_high() -> None:

@@ -415,7 +415,7 @@ async def test_a_ledger_is_not_begun_with_less_than_the_tags_of_a_block_take(
         assert made == 6
     else:
         assert made == 0
-        assert all("too few to authenticate the next block" in one for one in endings)
+        assert all("use more detections in each block" in one for one in endings)
         assert not any(one.filled for one in ledgers)  # signatures may still begin it
     larger = dataclasses.replace(short, block_bits=6000)
     link = SimulatedLink(larger, bootstrap=bootstrap, seed=4)

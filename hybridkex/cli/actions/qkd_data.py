@@ -30,7 +30,7 @@ from hybridkex.link.measured import (
     read_measured,
     write_measured,
 )
-from hybridkex.link.optimise import tuned
+from hybridkex.link.optimise import NoKeyError, tuned
 from hybridkex.link.party import Block
 from hybridkex.link.presets import preset
 from hybridkex.link.quantum import OpticalLink
@@ -60,7 +60,13 @@ def record(options: RecordOptions) -> int:
         _check_new(path)
     chosen = preset(options.preset).at(options.distance)
     if not options.as_published:
-        chosen = tuned(chosen, max(1000, options.detections // 2))
+        try:
+            chosen = tuned(chosen, max(1000, options.detections // 2))
+        except NoKeyError:
+            raise ConfigError(
+                f"{chosen.name} makes no key over {options.distance:g} km of {options.detections} "
+                "detections; shorten the fibre, raise --detections, or use --as-published"
+            ) from None
     light = OpticalLink(chosen.channel, chosen.transmitter, seed=options.seed)
     seen = run_trio(partial(light.detect, options.detections))
     sent = light.record.recall(seen.pulse)

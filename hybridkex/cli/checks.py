@@ -6,7 +6,6 @@ was named.
 """
 
 import hashlib
-import importlib.metadata
 import importlib.util
 import socket
 import sys
@@ -14,6 +13,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+import cryptography
 import trio
 from cryptography.hazmat.backends.openssl.backend import backend
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, mldsa, mlkem, rsa, x25519
@@ -136,7 +136,7 @@ async def _required(name: str, check: Callable[[], Awaitable[str]], advice: str)
 
 def _versions() -> Finding:
     parts = [f"Python {sys.version.split()[0]}"]
-    parts += [f"{name} {importlib.metadata.version(name)}" for name in ("cryptography", "trio")]
+    parts += [f"{one.__name__} {one.__version__}" for one in (cryptography, trio)]
     parts.append(f"{backend.openssl_version_text()} inside")
     return Finding(name="packages", works=True, required=True, detail=", ".join(parts))
 

@@ -12,6 +12,7 @@ import pytest
 from forked import Forkserver
 
 from hybridkex.cli import checks, main
+from hybridkex.cli.actions import demo
 from hybridkex.cli.extras import modules_of_extras
 from hybridkex.crypto.oqs import oqs_status
 from hybridkex.qkd.in_process import in_process_pair
@@ -88,15 +89,19 @@ def test_every_extra_for_users_is_examined(capsys: pytest.CaptureFixture[str]) -
     }
 
 
-def test_a_checkout_that_is_not_installed(
+def test_packages_that_are_not_installed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def requires(name: str) -> list[str]:
+    """A checkout, a frozen program, or no descriptor left to read what is installed."""
+
+    def nothing(name: str) -> Any:
         raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(importlib.metadata, "requires", requires)
+    monkeypatch.setattr(importlib.metadata.Distribution, "from_name", nothing)
     status, found = examined(capsys)
     assert status == 0
+    assert re.search(r"cryptography \d.*trio \d.*OpenSSL \d", found["packages"]["detail"])
+    assert demo._largest_library().stat().st_size > 1_000_000
     assert "not installed" in found["extras"]["detail"]
     assert found["extras"]["advice"] == "pip install -e . in the checkout"
     assert not any(name.startswith("extra ") for name in found)

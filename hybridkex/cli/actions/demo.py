@@ -2,9 +2,10 @@
 
 import math
 from functools import partial
-from importlib.metadata import files
 from pathlib import Path
 from typing import Final
+
+import cryptography
 
 from hybridkex.cli.demo import DemoOptions
 from hybridkex.cli.guarded import check_room, explained, guarded_folder
@@ -42,5 +43,5 @@ def run(options: DemoOptions) -> int:
 
 def _largest_library() -> Path:
     """The largest file of `cryptography`: a compiled library of some megabytes."""
-    paths = (Path(str(file.locate())) for file in files("cryptography") or ())
+    paths = Path(cryptography.__file__).parent.rglob("*")
     return max((path for path in paths if path.is_file()), key=lambda path: path.stat().st_size)

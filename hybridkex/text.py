@@ -13,7 +13,6 @@ log line, or reverse a line. They are escaped in four places that all text passe
 The escapes are Python's: ``\n``, ``\x1b``, ``\u202e``. Escaping twice changes nothing.
 """
 
-import io
 import json
 import logging
 import traceback
@@ -160,7 +159,7 @@ def terminal(stream: Any) -> TextIO:
     """
     while isinstance(stream, PrintableOutput):
         stream = stream.stream
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="backslashreplace")
     found: TextIO = stream
-    if isinstance(found, io.TextIOWrapper):
-        found.reconfigure(errors="backslashreplace")
     return found

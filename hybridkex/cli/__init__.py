@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from hybridkex import __version__
 from hybridkex.cli.commands import COMMANDS, Parser, command_parser
@@ -46,7 +47,8 @@ def _safe_output() -> Iterator[None]:
         if not sys.warnoptions:
             warnings.simplefilter("ignore")
         own = sys.stdout, sys.stderr
-        sys.stdout, sys.stderr = StandardOutput(sys.stdout), PrintableOutput(sys.stderr)
+        named: Any = StandardOutput(sys.stdout)
+        sys.stdout, sys.stderr = PrintableOutput(named), PrintableOutput(sys.stderr)
         try:
             yield
         finally:

@@ -12,9 +12,7 @@ import os
 import select
 import sys
 from collections.abc import Iterator
-from typing import Any, Final
-
-from hybridkex.text import PrintableOutput
+from typing import Any, Final, TextIO
 
 PATIENCE: Final = 1.0
 """Seconds to wait for a reader that is slow; while it stays so, nothing more is waited for."""
@@ -62,8 +60,8 @@ def takes_output(descriptor: int, seconds: float) -> bool:
     return bool(poll.poll(seconds * 1000))
 
 
-class StandardOutput(PrintableOutput):
-    """Standard output, escaped; an error of writing to it says where it comes from.
+class StandardOutput:
+    """Standard output; an error of writing to it says where it comes from.
 
     A caller may ignore an error, as ``argparse`` does for help; the next :meth:`flush` raises it
     again.
@@ -71,10 +69,16 @@ class StandardOutput(PrintableOutput):
 
     _failed: OSError | None = None
 
+    def __init__(self, stream: TextIO) -> None:
+        self.stream: Final = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
     def write(self, text: str) -> int:
         try:
             with _named():
-                return super().write(text)
+                return self.stream.write(text)
         except OSError as error:
             self._failed = error
             raise

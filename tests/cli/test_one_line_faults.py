@@ -472,6 +472,38 @@ def test_a_disk_that_is_full_and_output_without_a_buffer(words: tuple[str, ...])
     assert one_line(done.stderr).startswith("hybridkex: standard output: No space left on device; ")
 
 
+@pytest.mark.parametrize("unbuffered", [(), ("-u",)], ids=str)
+@pytest.mark.parametrize(
+    "write",
+    [
+        "print('x')",
+        "print('x', flush=True)",
+        "sys.stdout.writelines(['x', 'y'])",
+        "terminal(sys.stdout).write('x')",
+        "terminal(sys.stdout).write('x' * 100_000)",
+        "terminal(terminal(sys.stdout)).flush() or print('x')",
+        "Console(file=sys.stdout).print('x')",
+        "Console(file=terminal(sys.stdout)).print('x')",
+        "Console(file=terminal(sys.stdout)).print('x', markup=False)",
+    ],
+)
+def test_whatever_writes_to_a_full_disk_names_standard_output(
+    write: str, unbuffered: tuple[str, ...]
+) -> None:
+    """``rndl`` draws with ``rich`` on the stream underneath."""
+    program = (
+        "import sys; from hybridkex.cli import run_program; from hybridkex.text import terminal; "
+        f"from rich.console import Console; sys.exit(run_program(lambda: {write}))"
+    )
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [sys.executable, *unbuffered, "-c", program],
+            stdout=full, stderr=subprocess.PIPE, check=False, timeout=60,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert one_line(done.stderr).startswith("hybridkex: standard output: No space left on device; ")
+
+
 def test_the_data_of_a_channel_has_no_reader(
     hybridkex: Forkserver, place: Path, tmp_path: Path
 ) -> None:

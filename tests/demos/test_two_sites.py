@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,10 +17,18 @@ import trio
 
 from hybridkex.auth import DevCa, TrustStore
 from hybridkex.crypto.suites import TLS_AES_128_GCM_SHA256
+from hybridkex.demos.rndl import trial
 from hybridkex.demos.rndl.now.tap import wire_tap
-from hybridkex.demos.two_sites import overheard
+from hybridkex.demos.two_sites import Demonstration, overheard, show
 from hybridkex.demos.two_sites.marked import MARKER_BYTES, mark, unmark
 from hybridkex.demos.two_sites.overheard import overhear
+from hybridkex.demos.two_sites.processes import (
+    DemonstrationFailed,
+    contents,
+    finished,
+    lines,
+    running,
+)
 from hybridkex.errors import RecordingError
 from hybridkex.streams import SecureStream, open_secure_tcp_stream, serve_secure_tcp
 from hybridkex.tls.config import ClientConfig, ServerConfig
@@ -236,3 +245,104 @@ def test_the_command_fails_without_the_cipher(tmp_path: Path) -> None:
     assert done.returncode == 1, done.stdout
     assert "of Eve's recording shows what was sent" in done.stderr
     assert not list(tmp_path.glob("hybridkex-demo-*"))
+
+
+DEAD = "kill -9 $$"
+ENDINGS = (
+    (DEAD, "ended without a message, exit status -9; check the limits of the shell"),
+    ("echo an aside >&2; " + DEAD, "an aside"),
+    ("echo hybridkex: no room >&2; exit 1", "no room"),
+    ("exit 3", "ended without a message, exit status 3;"),
+)
+each_ending = pytest.mark.parametrize(("script", "said"), ENDINGS)
+
+
+def program(tmp_path: Path, **scripts: str) -> tuple[str, ...]:
+    """A program with a script for each command of ``hybridkex``."""
+    path = tmp_path / "program"
+    cases = "".join(f"{name}) shift; {script};;\n" for name, script in scripts.items())
+    path.write_text(f'#!/bin/sh\nshift; shift\ncase "$1" in\n{cases}esac\n')
+    path.chmod(0o700)
+    return str(path), "-m", "hybridkex"
+
+
+def demonstration(tmp_path: Path) -> Demonstration:
+    return Demonstration(
+        folder=tmp_path,
+        source=Path(__file__),
+        capture=tmp_path / "eve.pcapng",
+        distance=1,
+        print_line=lambda _: None,
+    )
+
+
+@each_ending
+async def test_a_program_that_dies_is_named(script: str, said: str, tmp_path: Path) -> None:
+    command = ["sh", "-c", script, "name"]
+    for wait in (
+        lambda process: anext(lines(process)),
+        lambda process: contents(trio.Path(tmp_path / "none"), process),
+    ):
+        with pytest.RaisesGroup(pytest.RaisesExc(DemonstrationFailed, match=said)):
+            async with running(command) as process:
+                await wait(process)
+    async with running(["sh", "-c", "exit 0"]) as process:
+        assert not (await finished(process)).returncode
+
+
+@each_ending
+@pytest.mark.parametrize("lines_before", [0, 1, 3])
+async def test_the_kmes_die(
+    script: str, said: str, lines_before: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They die before they have told the port, or when the first page of metrics is due."""
+    told = "echo at http://127.0.0.1:1/metrics;" * lines_before
+    monkeypatch.setattr(show, "_COMMAND", program(tmp_path, kme=told + script))
+    with pytest.RaisesGroup(
+        pytest.RaisesExc(DemonstrationFailed, match=said), flatten_subgroups=True
+    ):
+        await demonstration(tmp_path).run()
+
+
+@pytest.mark.parametrize(
+    ("listen", "connect", "said"),
+    [
+        (DEAD, "exit 0", "hybridkex listen ended without a message, exit status -9"),
+        (DEAD, "echo hybridkex: cut off >&2; exit 1", "hybridkex listen ended without a message"),
+        ("exit 0", DEAD, "hybridkex connect ended without a message, exit status -9"),
+        ("echo hybridkex: cut off >&2; exit 1", DEAD, "hybridkex connect ended without a message"),
+        ("echo an aside >&2; exit 0", "echo hybridkex: no key >&2; exit 1", "^no key$"),
+        ("echo hybridkex: no key >&2; exit 1", "echo hybridkex: no >&2; exit 0", "^no key$"),
+    ],
+)
+async def test_a_party_dies(
+    listen: str, connect: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listen = f"echo 1 > {tmp_path}/port; {listen}"
+    monkeypatch.setattr(show, "_COMMAND", program(tmp_path, listen=listen, connect=connect))
+    (tmp_path / "sent").write_bytes(b"x")
+    with pytest.RaisesGroup(
+        pytest.RaisesExc(DemonstrationFailed, match=said),
+        flatten_subgroups=True,
+        allow_unwrapped=True,
+    ):
+        await demonstration(tmp_path)._run_programs({"alice": "a", "bob": "b"}, tmp_path / "got")
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        (DEAD, "exit status -9: it said nothing"),
+        ("echo Traceback >&2; echo MemoryError >&2; exit 1", "exit status 1: MemoryError"),
+        ("printf '{'; " + DEAD, "exit status -9: it said nothing"),
+    ],
+)
+async def test_an_adversary_dies(
+    script: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "program"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o700)
+    monkeypatch.setattr(trial, "sys", SimpleNamespace(executable=str(path)))
+    with pytest.raises(RecordingError, match=f"^an adversary failed, {said}$"):
+        await trial._run_adversaries([tmp_path], print)

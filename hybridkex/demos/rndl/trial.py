@@ -348,4 +348,5 @@ async def _run_adversaries(folders: Sequence[Path], take: Callable[[dict[str, An
     if scope.cancelled_caught:
         raise RecordingError(f"adversaries did not finish within {_ADVERSARY_SECONDS:g} s")
     if process.returncode != 0:
-        raise RecordingError(f"an adversary failed: {complaint.decode(errors='replace')}")
+        said = complaint.decode(errors="replace").splitlines() or ["it said nothing"]
+        raise RecordingError(f"an adversary failed, exit status {process.returncode}: {said[-1]}")

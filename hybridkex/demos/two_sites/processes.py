@@ -4,13 +4,15 @@ import subprocess
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import trio
 
 from hybridkex.errors import HybridkexError
 
 _TIMEOUT: Final = 60.0
+
+Finished: TypeAlias = subprocess.CompletedProcess[bytes]
 
 
 class DemonstrationFailed(HybridkexError):
@@ -46,25 +48,29 @@ async def lines(process: trio.Process) -> AsyncGenerator[str, None]:
         *whole, buffer = (buffer + data).split(b"\n")
         for line in whole:
             yield line.decode()
-    raise DemonstrationFailed(said_last(await all_errors(process)))
+    raise failure(await finished(process))
 
 
-async def all_errors(process: trio.Process) -> bytes:
-    """A program's standard error, up to its end."""
+async def finished(process: trio.Process) -> Finished:
+    """Wait for the end of a program."""
     assert process.stderr is not None
-    return b"".join([bytes(data) async for data in process.stderr])
+    errors = b"".join([bytes(data) async for data in process.stderr])
+    return Finished(process.args, await process.wait(), stderr=errors)
 
 
-def said_last(errors: bytes) -> str:
-    """The last line of a program's standard error, as an error message."""
-    whole = errors.decode(errors="replace").splitlines() or ["a program ended without a message"]
-    return whole[-1].removeprefix("hybridkex: ")
+def failure(process: Finished) -> DemonstrationFailed:
+    """The last line of a program's standard error, as an error."""
+    said = process.stderr.decode(errors="replace").splitlines() or [
+        f"{' '.join(process.args[2:4])} ended without a message, exit status {process.returncode}; "
+        "check the limits of the shell (ulimit -a)"
+    ]
+    return DemonstrationFailed(said[-1].removeprefix("hybridkex: "))
 
 
 async def contents(file: trio.Path, process: trio.Process) -> str:
     """Wait for a file that the program writes, and return its content."""
     while not await file.exists():
         if process.returncode is not None:
-            raise DemonstrationFailed(said_last(await all_errors(process)))
+            raise failure(await finished(process))
         await trio.sleep(0.02)
     return await file.read_text()

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import math
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Final
 from urllib.request import ProxyHandler, build_opener
@@ -21,12 +23,12 @@ from hybridkex.demos.two_sites.marked import mark, new_marker, unmark
 from hybridkex.demos.two_sites.overheard import overhear
 from hybridkex.demos.two_sites.processes import (
     DemonstrationFailed,
-    all_errors,
     contents,
     deadline,
+    failure,
+    finished,
     lines,
     running,
-    said_last,
 )
 from hybridkex.files import open_private
 from hybridkex.net.event_loop import in_thread
@@ -87,7 +89,10 @@ class Demonstration:
                 urls = [(await anext(output)).split()[-1] for _ in range(2)]
                 metrics = (await anext(output)).split()[-1]
             with deadline(f"the QKD link over {self.distance:g} km produced no keys"):
-                link = await _first_keys(metrics)
+                try:
+                    link = await _first_keys(metrics)
+                except (OSError, HTTPException):  # the KMEs have ended
+                    raise failure(await finished(process)) from None
             self._print_detail(
                 f"decoy-state BB84 over {self.distance:g} km of simulated fibre, with the complete "
                 "post-processing:"
@@ -158,10 +163,10 @@ class Demonstration:
                             capture_stderr=True,
                             check=False,
                         )
-                        complaint = await all_errors(receiver)
-                        status = await receiver.wait()
-        if sender.returncode or status:
-            raise DemonstrationFailed(said_last(sender.stderr + complaint))
+                        both = await finished(receiver), sender
+        if any(one.returncode for one in both):
+            # A signal, which is negative, is the cause of what the other program says.
+            raise failure(min(both, key=lambda one: one.returncode or math.inf))
         session: dict[str, Any] = json.loads(sender.stderr.splitlines()[0])
         return session
 

@@ -97,6 +97,8 @@ class SecureDuplex:
         self._close_notify = close_notify
         self._handshake_timeout = handshake_timeout
         self._handshake_lock = self._lib.Lock()
+        self._handshaking: Any = None
+        """The cancel scope of the handshake while it runs."""
         self._complete = False
         self._renewer: KeyRenewer | None = None
         self._pipe: SecurePipe | None = None
@@ -195,6 +197,7 @@ class SecureDuplex:
     async def _handshake_in_time(self) -> None:
         try:
             with self._lib.move_on_after(self._handshake_timeout) as scope:
+                self._handshaking = scope
                 await self._run_handshake()
             if not self._complete and scope.cancelled_caught:
                 error = HandshakeTimeout(
@@ -203,6 +206,7 @@ class SecureDuplex:
                 self._connection.abort(error)
                 await self._fail(error)
         finally:
+            self._handshaking = None
             if not self._complete and self._failure is None:
                 # Part of a flight may have been sent.
                 self._failure = _Interrupted("the handshake was cancelled")
@@ -556,6 +560,8 @@ class SecureDuplex:
         """Discard the keys, which a program that keeps a closed stream would keep, and the errors:
         their tracebacks refer to our frames, and these to this object."""
         self._stop_renewer()
+        if self._handshaking is not None:  # it may wait for a key source
+            self._handshaking.cancel()
         self._renewer = self._failure = self._send_failure = None
         self._connection.release()
 

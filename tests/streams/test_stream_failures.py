@@ -1,18 +1,21 @@
 """What happens when things go wrong: rejected, cut, stalled, cancelled."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
 import pytest
 import trio
 import trio.testing
+from trio.testing import MockClock
 
 from hybridkex import (
     ClientConfig,
     DevCa,
     Policy,
+    QkdLimits,
+    QkdPskSource,
     Requirement,
     SecureStream,
     ServerConfig,
@@ -27,6 +30,7 @@ from hybridkex.errors import (
     HandshakeTimeout,
     TruncationError,
 )
+from hybridkex.qkd.in_process import in_process_pair
 from tests.streams.cancelling import CancelAt
 
 MakePair = Callable[..., Any]
@@ -360,3 +364,65 @@ async def test_unwrap_of_a_stream_that_another_task_closes(make_pair: MakePair) 
         nursery.start_soon(unwraps)
         await trio.testing.wait_all_tasks_blocked()
         await client.aclose()
+
+
+@pytest.mark.parametrize("end", ["aclose", "abort", "aclose by the source"])
+@pytest.mark.parametrize("task", ["do_handshake", "receive_some", "send_all", "two tasks"])
+@pytest.mark.parametrize("function", ["offer", "look_up", "get_key", "get_key_with_id"])
+async def test_a_stream_that_is_closed_while_the_handshake_waits_for_a_key(
+    function: str, task: str, end: str, autojump_clock: MockClock
+) -> None:
+    """The handshake ends at once, and no key is drawn later."""
+    alice, bob = in_process_pair("alice", "bob")
+    sources: Any = [
+        QkdPskSource(alice, limits=QkdLimits(timeout=3600)),
+        QkdPskSource(bob, limits=QkdLimits(timeout=3600)),
+    ]
+    asked, ended, box = trio.Event(), trio.Event(), list[SecureStream[Any]]()
+
+    async def wait(*_: object) -> Any:
+        asked.set()
+        try:
+            if end == "aclose by the source":
+                await box[0].aclose()
+            await trio.sleep_forever()
+        finally:
+            ended.set()
+
+    by_client = function in ("offer", "get_key")
+    slow = sources[not by_client] if function in ("offer", "look_up") else (bob, alice)[by_client]
+    setattr(slow, function, wait)
+    near, far = trio.testing.memory_stream_pair()
+    ca = DevCa.create()
+    client = SecureStream(
+        near,
+        ClientConfig(verifier=TrustStore((ca.certificate,)), psk_source=sources[0]),
+        server_hostname="localhost",
+        handshake_timeout=3600,
+    )
+    config = ServerConfig(identities=(ca.issue("localhost"),), psk_source=sources[1])
+    server = SecureStream(far, config, handshake_timeout=3600)
+    ours, theirs = (client, server) if by_client else (server, client)
+    box.append(ours)
+    calls: dict[str, tuple[Callable[[], Awaitable[Any]], ...]] = {
+        "do_handshake": (ours.do_handshake,),
+        "receive_some": (ours.receive_some,),
+        "send_all": (lambda: ours.send_all(b"x"),),
+        "two tasks": (ours.do_handshake, ours.do_handshake),
+    }
+
+    async def fails(call: Callable[[], Awaitable[Any]], error: type[Exception]) -> None:
+        with pytest.raises(error):
+            await call()
+
+    began = trio.current_time()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(fails, theirs.do_handshake, trio.BrokenResourceError)
+        for call in calls[task]:
+            nursery.start_soon(fails, call, trio.ClosedResourceError)
+        await asked.wait()
+        if end in ("aclose", "abort"):
+            await trio.testing.wait_all_tasks_blocked()
+            await getattr(ours, end)()
+    assert ended.is_set()
+    assert trio.current_time() == began

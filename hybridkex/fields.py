@@ -1,4 +1,4 @@
-"""Checks of the fields of a configuration against their annotations when an object is created.
+"""Checks of the fields of a configuration, and of the arguments of a call, against annotations.
 
 Annotations help only users of a type checker. Everyone else gets an error that names the field and
 the given type and shows a correct line; it never shows the value, which may be a key.
@@ -8,15 +8,32 @@ import inspect
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
-from functools import cache, partial
+from functools import cache, partial, wraps
 from inspect import getattr_static
+from itertools import chain, repeat
+from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Final, NamedTuple, Union, get_args, get_origin
+from typing import (
+    Annotated,
+    Any,
+    Final,
+    Literal,
+    NamedTuple,
+    ParamSpec,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from hybridkex.errors import ConfigError, InternalError
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Kind(NamedTuple):
@@ -54,12 +71,17 @@ def _is_awaited(value: Any) -> bool:
 
 
 _SIMPLE: Final[Mapping[Any, Kind]] = {
-    int: Kind(lambda value: type(value) is int, "an int", "100"),
+    int: Kind(
+        lambda value: isinstance(value, int) and not isinstance(value, bool), "an int", "100"
+    ),
     float: Kind(_is_number, "a number", "1.5"),
     bool: Kind(lambda value: type(value) is bool, "True or False", "True"),
     NoneType: Kind(lambda value: value is None, "None"),
     bytes: Kind(lambda value: isinstance(value, bytes), "bytes", 'b"..."'),
+    str: Kind(lambda value: isinstance(value, str), "a str", '"..."'),
+    Path: Kind(lambda value: isinstance(value, str | Path), "a path", 'Path("...")'),
     object: Kind(lambda _: True, "anything"),
+    Any: Kind(lambda _: True, "anything"),
 }
 
 
@@ -74,7 +96,15 @@ def _kind_of(type_: Any) -> Kind:
         return _either([_kind_of(one) for one in inner])
     if origin is tuple:
         return _tuple_of([_kind_of(one) for one in inner if one is not ...], inner[-1] is ...)
+    if origin is Literal:
+        return Kind(lambda value: value in inner, " or ".join(map(repr, inner)), repr(inner[0]))
     class_ = origin or type_
+    if class_ in (Iterable, Sequence):
+        return _list_of(_kind_of(inner[0]), class_)
+    if class_ is Callable and get_origin(inner[-1]) is Awaitable:
+        return Kind(
+            lambda value: callable(value) and not isinstance(value, type), "an async function"
+        )
     if class_ is Callable or "__call__" in vars(class_):  # or a protocol for one
         return Kind(_is_function, "a function that is not async")
     example = f"{class_.__name__}(...)"
@@ -99,10 +129,9 @@ def _either(kinds: list[Kind]) -> Kind:
 def _tuple_of(kinds: list[Kind], several: bool) -> Kind:
     if several:
         [kind] = kinds
-        item = re.sub(r"\ban? ", "", kind.what)
         return Kind(
             lambda value: isinstance(value, tuple) and all(map(kind.fits, value)),
-            f"a tuple of {item} objects",
+            f"a tuple of {_bare(kind)} objects",
             f"({kind.example},)",
         )
     return Kind(
@@ -113,6 +142,23 @@ def _tuple_of(kinds: list[Kind], several: bool) -> Kind:
         ),
         f"a tuple of {' and '.join(kind.what for kind in kinds)}",
     )
+
+
+def _list_of(kind: Kind, class_: type) -> Kind:
+    """The items of an iterator are not checked, since that would use it up."""
+    return Kind(
+        lambda value: (
+            isinstance(value, class_)
+            and not isinstance(value, str | bytes | bytearray | Mapping)
+            and not (isinstance(value, Collection) and not all(map(kind.fits, value)))
+        ),
+        f"a list of {_bare(kind)} objects",
+        f"[{kind.example}]",
+    )
+
+
+def _bare(kind: Kind) -> str:
+    return re.sub(r"\ban? ", "", kind.what)
 
 
 @cache
@@ -131,14 +177,42 @@ def check_fields(made: Any, examples: Mapping[str, str] | None = None) -> None:
         ConfigError: a field has another type.
     """
     for name, kind in _kinds(type(made)).items():  # type: ignore[arg-type]
-        value = getattr(made, name)
-        if not kind.fits(value):
-            right = (examples or {}).get(name, f"{name}={kind.example}")
-            nearest = min((_missing(value, one) for one in kind.protocols), key=len, default=[])
-            raise ConfigError(
-                f"{type(made).__name__}: {name} takes {kind.what}, not {described(value)}"
-                f"{_without(value, nearest)}; write, for example: {right}"
-            )
+        _check(type(made).__name__, name, getattr(made, name), kind, examples or {})
+
+
+def checked(call: Callable[P, R]) -> Callable[P, R]:
+    """A function or constructor whose arguments are checked against their annotations first.
+
+    A call raises :class:`~hybridkex.errors.ConfigError` for an argument of another type.
+    """
+    owner = call.__qualname__.removesuffix(".__init__")
+    parameters = inspect.signature(call).parameters.values()
+    places = [one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD]
+    rest = [repeat(one.name) for one in parameters if one.kind is one.VAR_POSITIONAL]
+
+    @cache
+    def kinds() -> dict[str, Kind]:  # at the first call, when all names of the module exist
+        hints = get_type_hints(call, include_extras=True)
+        return {name: _kind_of(hint) for name, hint in hints.items() if name != "return"}
+
+    @wraps(call)
+    def checking(*args: P.args, **kwargs: P.kwargs) -> R:
+        for name, value in chain(zip(chain(places, *rest), args, strict=False), kwargs.items()):
+            if name in kinds():
+                _check(owner, name, value, kinds()[name], {})
+        return call(*args, **kwargs)
+
+    return checking
+
+
+def _check(owner: str, name: str, value: Any, kind: Kind, examples: Mapping[str, str]) -> None:
+    if not kind.fits(value):
+        right = examples.get(name, f"{name}={kind.example}")
+        nearest = min((_missing(value, one) for one in kind.protocols), key=len, default=[])
+        raise ConfigError(
+            f"{owner}: {name} takes {kind.what}, not {described(value)}"
+            f"{_without(value, nearest)}; write, for example: {right}"
+        )
 
 
 def check_members(name: str, value: Any, base: type, members: Iterable[str] | None = None) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -19,8 +19,10 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from hybridkex.auth.identity import Identity
 from hybridkex.auth.names import DnsName, parse_peer_name
+from hybridkex.crypto.private_keys import PRIVATE_KEY
 from hybridkex.crypto.x509_parsing import certificate_from_der
 from hybridkex.errors import ConfigError
+from hybridkex.fields import check_fields, checked
 from hybridkex.files import PRIVATE, PUBLIC, write_files
 from hybridkex.machine import write_error
 
@@ -80,13 +82,17 @@ class DevCa:
     """An authority and its key: a self-signed root, or an intermediate under one."""
 
     certificate: x509.Certificate
-    private_key: CertificateIssuerPrivateKeyTypes = field(repr=False)
+    private_key: Annotated[CertificateIssuerPrivateKeyTypes, PRIVATE_KEY] = field(repr=False)
     algorithm: str = "ecdsa"
     """The algorithm of the authority's own key."""
     intermediates: tuple[bytes, ...] = field(default=(), repr=False)
     """The intermediate certificates (DER) that follow each certificate it issues."""
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
     @classmethod
+    @checked
     def create(
         cls,
         name: str = "hybridkex development CA",
@@ -116,6 +122,7 @@ class DevCa:
         builder = _as_authority(builder.issuer_name(_common_name(name)), path_length)
         return cls(_sign(builder, key, chosen), key, algorithm)
 
+    @checked
     def intermediate(
         self,
         name: str = "hybridkex development intermediate CA",
@@ -133,6 +140,7 @@ class DevCa:
         chain = (certificate.public_bytes(Encoding.DER), *self.intermediates)
         return DevCa(certificate, key, algorithm, chain)
 
+    @checked
     def issue(
         self,
         *names: str,
@@ -145,7 +153,7 @@ class DevCa:
         ),
         not_before: datetime | None = None,
         not_after: datetime | None = None,
-        private_key: CertificateIssuerPrivateKeyTypes | None = None,
+        private_key: Annotated[CertificateIssuerPrivateKeyTypes, PRIVATE_KEY] | None = None,
     ) -> Identity:
         """A certificate for these DNS names and IP addresses, valid for a year by default.
 

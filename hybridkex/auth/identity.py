@@ -24,7 +24,7 @@ from hybridkex.auth.certificates import (
 )
 from hybridkex.auth.names import PeerName, any_covers
 from hybridkex.constants import CertificateType
-from hybridkex.crypto.private_keys import load_private_key
+from hybridkex.crypto.private_keys import PRIVATE_KEY, load_private_key
 from hybridkex.crypto.rsa_pss import RsaPssKey
 from hybridkex.crypto.x509_failure import parse_failure
 from hybridkex.crypto.x509_parsing import (
@@ -33,7 +33,7 @@ from hybridkex.crypto.x509_parsing import (
     certificates_from_pem,
 )
 from hybridkex.errors import ConfigError
-from hybridkex.fields import Kind, check_fields
+from hybridkex.fields import check_fields, checked
 from hybridkex.files import read_file
 
 
@@ -48,10 +48,7 @@ class Identity:
 
     certificate_type: ClassVar[CertificateType] = CertificateType.X509
     chain: tuple[bytes, ...] = field(repr=False)
-    private_key: Annotated[
-        CertificateIssuerPrivateKeyTypes,
-        Kind(lambda key: hasattr(key, "public_key"), "a private key"),
-    ] = field(repr=False)
+    private_key: Annotated[CertificateIssuerPrivateKeyTypes, PRIVATE_KEY] = field(repr=False)
     names: tuple[str, ...] = field(init=False)
     """The DNS names, IP addresses and URIs that the certificate is for."""
 
@@ -118,6 +115,7 @@ class Identity:
         return any_covers(self.names, name)
 
     @classmethod
+    @checked
     def from_pem(
         cls, certificates: bytes, key: bytes, *, password: bytes | None = None
     ) -> "Identity":
@@ -130,6 +128,7 @@ class Identity:
         return cls._load("the certificate", certificates, "the private key", key, password)
 
     @classmethod
+    @checked
     def from_files(
         cls, certificates: str | Path, key: str | Path, *, password: bytes | None = None
     ) -> "Identity":

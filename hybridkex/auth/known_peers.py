@@ -27,6 +27,7 @@ from hybridkex.auth.raw_keys import PeerRawKey, read_raw_key
 from hybridkex.auth.verified import PROOF, VerifiedPeer
 from hybridkex.constants import Alert
 from hybridkex.errors import CertificateRejected, ConfigError
+from hybridkex.fields import check_fields
 from hybridkex.files import open_private, read_utf8, write_file
 from hybridkex.machine import writing
 from hybridkex.text import get_logger
@@ -50,7 +51,7 @@ class KnownPeers:
         accept_new: whether a name that is not in the file is trusted and remembered.
 
     Raises:
-        ConfigError: the file cannot be read, or a line of it is invalid.
+        ConfigError: a field has the wrong type, or the file cannot be read or has an invalid line.
     """
 
     path: Path
@@ -58,6 +59,7 @@ class KnownPeers:
     _snapshot: "_Snapshot" = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         object.__setattr__(self, "path", Path(self.path))
         object.__setattr__(self, "_snapshot", _Snapshot(_read(self.path)))
 

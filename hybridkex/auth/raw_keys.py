@@ -4,7 +4,7 @@ import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Annotated, Any, ClassVar, Final
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
@@ -19,11 +19,11 @@ from cryptography.hazmat.primitives.serialization import (
 from hybridkex.auth.certificates import key_weakness
 from hybridkex.auth.names import PeerName, any_covers
 from hybridkex.constants import Alert, CertificateType
-from hybridkex.crypto.private_keys import load_private_key
+from hybridkex.crypto.private_keys import PRIVATE_KEY, load_private_key
 from hybridkex.crypto.rsa_pss import raw_key
 from hybridkex.crypto.sig_oqs import OqsPrivateKey, OqsPublicKey
 from hybridkex.errors import CertificateRejected, ConfigError
-from hybridkex.fields import described
+from hybridkex.fields import check_fields, checked
 from hybridkex.files import read_file
 
 MAX_SPKI: Final = 1 << 20
@@ -122,11 +122,11 @@ class RawIdentity:
         names: server names that this key is for; a server with several identities chooses by them.
 
     Raises:
-        ConfigError: the key is too weak, or of a kind that cannot sign.
+        ConfigError: a field has the wrong type, or the key is too weak or cannot sign.
     """
 
     certificate_type: ClassVar[CertificateType] = CertificateType.RAW_PUBLIC_KEY
-    private_key: Any = field(repr=False)
+    private_key: Annotated[Any, PRIVATE_KEY] = field(repr=False)
     names: tuple[str, ...] = ()
     peer_view: PeerRawKey = field(init=False)
     """The public half, as a peer will see it."""
@@ -137,14 +137,10 @@ class RawIdentity:
         return self.private_key
 
     def __post_init__(self) -> None:
-        try:
-            public = self.private_key.public_key()
-            spki = public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-        except AttributeError:
-            raise ConfigError(
-                f"RawIdentity: private_key takes a private key, not {described(self.private_key)}; "
-                'write, for example: RawIdentity.from_file("key.pem")'
-            ) from None
+        right = 'RawIdentity.from_file("key.pem")'
+        check_fields(self, {"private_key": right, "names": 'names=("localhost",)'})
+        public = self.private_key.public_key()
+        spki = public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
         weakness = _weakness(public)
         if weakness is not None:
             raise ConfigError(f"our own key is {weakness}")
@@ -179,6 +175,7 @@ class RawIdentity:
         return pem
 
     @classmethod
+    @checked
     def from_pem(
         cls, pem: bytes, *, names: tuple[str, ...] = (), password: bytes | None = None
     ) -> "RawIdentity":
@@ -193,6 +190,7 @@ class RawIdentity:
         return cls(key, names)
 
     @classmethod
+    @checked
     def from_file(
         cls, path: str | Path, *, names: tuple[str, ...] = (), password: bytes | None = None
     ) -> "RawIdentity":

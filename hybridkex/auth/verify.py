@@ -8,7 +8,7 @@ and has :mod:`~hybridkex.auth.diagnosis` explain a rejection. Revocation is not 
 import base64
 import binascii
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
@@ -42,7 +42,7 @@ from hybridkex.constants import Alert
 from hybridkex.crypto.x509_failure import parse_failure
 from hybridkex.crypto.x509_parsing import UNREADABLE, certificates_from_pem
 from hybridkex.errors import CertificateRejected, ConfigError
-from hybridkex.fields import check_fields, described
+from hybridkex.fields import check_fields, checked, described
 from hybridkex.files import read_file
 
 
@@ -182,6 +182,7 @@ class TrustStore:
             raise ConfigError("a trust store needs at least one certificate")
 
     @classmethod
+    @checked
     def from_pem(cls, data: bytes, *, pins: Iterable[str] = (), source: str = "") -> "TrustStore":
         """From concatenated PEM certificates."""
         try:
@@ -194,11 +195,13 @@ class TrustStore:
         return cls(tuple(authorities), _normal_pins(pins), source)
 
     @classmethod
+    @checked
     def from_file(cls, path: str | Path, *, pins: Iterable[str] = ()) -> "TrustStore":
         """From a PEM file."""
         return cls.from_pem(read_file(path), pins=pins, source=str(path))
 
     @classmethod
+    @checked
     def system(cls, *, pins: Iterable[str] = ()) -> "TrustStore":
         """The authorities of this machine, or those in ``SSL_CERT_FILE`` and ``SSL_CERT_DIR``."""
         authorities, source = system_roots()
@@ -374,7 +377,7 @@ def _require_pin(peer: Presented, pins: frozenset[str]) -> None:
 
 def _normal_pins(pins: Iterable[str]) -> frozenset[str]:
     """Pins in canonical form. Raises ``ConfigError``, also for a single string."""
-    if isinstance(pins, str | bytes | type) or not isinstance(pins, Iterable):
+    if isinstance(pins, str | bytes | type | Mapping) or not isinstance(pins, Iterable):
         raise ConfigError(
             f"pins are given as a set or a list of strings, not {described(pins)}; write, for "
             'example: pins=["3f0c..."]'
@@ -384,7 +387,7 @@ def _normal_pins(pins: Iterable[str]) -> frozenset[str]:
 
 def _normal_pin(pin: str) -> str:
     if not isinstance(pin, str):
-        raise ConfigError(f"a pin is a string, not {described(pin)}")
+        raise ConfigError(f"pins are strings, not {described(pin)}")
     # In base64 the first character may also be a slash.
     text = re.sub(r"^sha256(//|/|:)(?=.{44}$|[\da-fA-F:]+$)", "", pin.strip())
     bare = text.replace(":", "")

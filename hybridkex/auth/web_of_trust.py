@@ -30,6 +30,7 @@ from hybridkex.auth.raw_keys import PeerRawKey, read_raw_key
 from hybridkex.auth.verified import PROOF, VerifiedPeer
 from hybridkex.constants import Alert
 from hybridkex.errors import CertificateRejected, ConfigError, ProviderMissing
+from hybridkex.fields import check_fields, checked
 from hybridkex.files import read_file
 
 _FORM: Final = re.compile(
@@ -40,6 +41,7 @@ _FORM: Final = re.compile(
 )
 
 
+@checked
 def endorsement(name: str, pin: str, until: date) -> bytes:
     """The text that a person signs to endorse a key.
 
@@ -97,6 +99,7 @@ class WebOfTrust:
     _certificates: dict[str, Any] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         pysequoia = _load()
         certificates: dict[str, Any] = {}
         for data in self.people:
@@ -117,6 +120,7 @@ class WebOfTrust:
         object.__setattr__(self, "_certificates", certificates)
 
     @classmethod
+    @checked
     def from_files(
         cls,
         people: Iterable[str | Path],

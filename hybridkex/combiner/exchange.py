@@ -33,7 +33,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Final, Literal, Protocol, get_args
+from typing import Final, Literal, Protocol
 
 import trio
 
@@ -59,7 +59,7 @@ from hybridkex.errors import (
     IllegalParameter,
     TruncationError,
 )
-from hybridkex.fields import check_members, check_optional
+from hybridkex.fields import check_fields, check_optional
 from hybridkex.machine import broken
 from hybridkex.net.event_loop import ask, in_thread
 from hybridkex.net.reading import EndOfStream, read_exactly
@@ -159,6 +159,9 @@ class SignatureAuthentication:
     verifier: ServerKeyVerifier | ClientKeyVerifier
     schemes: tuple[SignatureScheme, ...] = ALL_SCHEMES
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
     @property
     def psk(self) -> Secret:
         """Empty: signatures add nothing to the key."""
@@ -247,22 +250,13 @@ class ExchangeConfig:
     """The hash of the settings that must be the same on both sides."""
 
     def __post_init__(self) -> None:
-        if self.role not in get_args(Role):
-            raise ConfigError(f"role must be initiator or responder, not {self.role!r}")
-        for name, kind in (("local", str), ("peer", str), ("label", bytes), ("context", bytes)):
-            require(getattr(self, name), kind, name)
-        require(self.length, int, "length")
-        require(self.method, Method, "method")
-        check_members("authentication", self.authentication, Authentication)
+        if isinstance(self.exchanges, list):
+            object.__setattr__(self, "exchanges", tuple(self.exchanges))
+        check_fields(self)
         verifier = getattr(self.authentication, "verifier", None)
         check_optional("verifier", verifier, Refreshable)
-        if self.key_source is not None:
-            check_members("key_source", self.key_source, KeySource)
-        object.__setattr__(self, "exchanges", tuple(self.exchanges))
         if not self.exchanges:
             raise ConfigError("at least one key exchange is required")
-        for one in self.exchanges:
-            check_members("exchanges", one, KeyExchange)
         if not self.local or not self.peer or self.local == self.peer:
             raise ConfigError("local and peer must be two different names")
         if not self.label:
@@ -270,7 +264,7 @@ class ExchangeConfig:
         if not 1 <= self.length <= MAX_LENGTH:
             raise ConfigError(f"length must be 1 to {MAX_LENGTH} bytes, not {self.length}")
         if not self.time_limit > 0:
-            raise ConfigError("the time limit of an exchange must be positive")
+            raise ConfigError("time_limit of ExchangeConfig must be positive")
         if self.role == "initiator" and isinstance(self.authentication, SignatureAuthentication):
             parse_peer_name(self.peer)
         object.__setattr__(self, "agreed", self._digest())

@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from hybridkex.constants import GroupCode
 from hybridkex.errors import ConfigError, IllegalParameter
-from hybridkex.fields import check_members
+from hybridkex.fields import check_fields, check_members, checked
 from hybridkex.reasons import Reason
 from hybridkex.secret import Secret
 
@@ -99,7 +99,7 @@ class Group:
     exchange: KeyExchange
 
     def __post_init__(self) -> None:
-        check_members("exchange", self.exchange, KeyExchange)
+        check_fields(self)
         if not 0 < self.code <= 0xFFFF:
             raise ConfigError(
                 f"{self.name}: the code point of a group must fit 16 bits, not {self.code:#x}"
@@ -288,6 +288,7 @@ class Concat:
     section 3.3). The lengths are fixed, so no part can run into the next.
     """
 
+    @checked
     def __init__(self, *parts: KeyExchange, name: str | None = None) -> None:
         if len(parts) < 2:
             raise ConfigError("a hybrid key exchange needs at least two parts")

@@ -24,6 +24,12 @@ from cryptography.hazmat.primitives.serialization import (
 
 from hybridkex.crypto.pem import PemBlock, PemError, contents_of, pem_blocks
 from hybridkex.errors import ConfigError
+from hybridkex.fields import Kind
+
+PRIVATE_KEY: Final = Kind(
+    lambda key: hasattr(key, "public_key") and not isinstance(key, type), "a private key"
+)
+"""A field or an argument that takes a private key."""
 
 _LABELS: Final = (
     "PRIVATE KEY",

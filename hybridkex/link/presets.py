@@ -30,6 +30,8 @@ class Preset:
     """f, as the paper assumes for error correction; only closed forms use it."""
 
     def __post_init__(self) -> None:
+        instance("name", self.name, str)
+        instance("reference", self.reference, str)
         instance("channel", self.channel, Channel)
         instance("transmitter", self.transmitter, Transmitter, PairSource)
         instance("security", self.security, Security)

@@ -87,8 +87,12 @@ class SimulatedLink:
         repeatable, and its keys worthless. Raises ``ConfigError``.
         """
         self.settings: Final = instance("settings", settings, LinkSettings)
-        if fading is not None and not callable(fading):
-            raise ConfigError("fading takes a function of the time, such as a SatellitePass")
+        for name, function, what in (
+            ("fading", fading, "the time, such as a SatellitePass"),
+            ("observer", observer, "a block"),
+        ):
+            if function is not None and (not callable(function) or isinstance(function, type)):
+                raise ConfigError(f"{name} takes a function of {what}")
         self._observer = observer
         self._seed = seed
         self._bootstrap = one_of("bootstrap", bootstrap, BOOTSTRAPS)

@@ -19,7 +19,7 @@ from hybridkex.errors import (
     KeyUnauthorized,
     KeyUnknown,
 )
-from hybridkex.fields import check_members
+from hybridkex.fields import check_members, checked
 from hybridkex.net.event_loop import current_time, time_limit
 from hybridkex.net.log import BoundedLog
 from hybridkex.qkd.source import KeyReference, KeySource, QkdKey, SourceStatus
@@ -54,6 +54,7 @@ class FailoverSource:
     from it.
     """
 
+    @checked
     def __init__(
         self, sources: Sequence[KeySource], *, retry_after: float = 10.0, timeout: float = 5.0
     ) -> None:
@@ -153,6 +154,7 @@ class CombinedSource:
     Each source must give keys with single-part names, and no two may share a link.
     """
 
+    @checked
     def __init__(self, sources: Sequence[KeySource]) -> None:
         self.local_sae, self.peer_sae = _same_saes(sources)
         self._sources = tuple(sources)

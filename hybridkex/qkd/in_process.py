@@ -6,6 +6,7 @@ from typing import Final
 from uuid import uuid4
 
 from hybridkex.errors import ConfigError, KeyConsumed, KeySourceExhausted, KeyUnknown
+from hybridkex.fields import checked
 from hybridkex.net.event_loop import checkpoint, checkpoint_if_cancelled
 from hybridkex.qkd.source import KeyPart, KeyReference, QkdKey, SourceStatus, single
 from hybridkex.secret import Secret
@@ -19,7 +20,10 @@ REMEMBERED: Final = 4096
 class InProcessSource:
     """One end of a pair; see :func:`in_process_pair`."""
 
+    @checked
     def __init__(self, *, sae: str, kme: str, peer_sae: str, peer_kme: str, capacity: int) -> None:
+        if capacity < 1:
+            raise ConfigError("capacity must be at least 1")
         self.local_sae: Final = sae
         self.peer_sae: Final = peer_sae
         self._kme = kme
@@ -69,6 +73,7 @@ class InProcessSource:
         return SourceStatus(stored=free, capacity=self._capacity, key_bits=256)
 
 
+@checked
 def in_process_pair(
     alice_sae: str,
     bob_sae: str,
@@ -82,8 +87,6 @@ def in_process_pair(
     """
     if alice_sae == bob_sae or kmes[0] == kmes[1]:
         raise ConfigError("the two ends of a pair need different SAE IDs and KME IDs")
-    if capacity < 1:
-        raise ConfigError("capacity must be at least 1")
     alice = InProcessSource(
         sae=alice_sae, kme=kmes[0], peer_sae=bob_sae, peer_kme=kmes[1], capacity=capacity
     )

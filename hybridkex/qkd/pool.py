@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Self
 
 from hybridkex.errors import ConfigError, KeySourceExhausted
+from hybridkex.fields import check_fields, checked
 from hybridkex.qkd.source import KeyPart, KeyReference, QkdKey, SourceStatus, single
 from hybridkex.qkd.sqlite_store import SqliteKeyStore, readable
 from hybridkex.qkd.store import Allotment, read_key_file
@@ -29,6 +30,7 @@ class PoolNames:
     peer_kme: str
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not all((self.sae, self.kme, self.peer_sae, self.peer_kme)):
             raise ConfigError("a pool needs the IDs of both SAEs and both KMEs")
         if self.sae == self.peer_sae:
@@ -69,6 +71,7 @@ class FilePool:
         self._names = names
 
     @classmethod
+    @checked
     def open(cls, path: Path, *, key_file: Path, names: PoolNames | None = None) -> "FilePool":
         """Open a pool, or create one for ``names`` if there is no file. Blocks briefly.
 
@@ -76,6 +79,7 @@ class FilePool:
         """
         if names is None and not (os.path.exists(path) and os.path.getsize(path)):
             raise ConfigError(f"there is no key pool {path}, or it is empty")
+        path = Path(path)
         store = SqliteKeyStore(path, read_key_file(key_file))
         try:
             with readable(f"cannot use the key pool {path}"):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from hybridkex.errors import ConfigError, KeySourceError, KeySourceExhausted
-from hybridkex.fields import check_members
+from hybridkex.fields import check_fields, checked
 from hybridkex.net.event_loop import Event, ask, checkpoint_if_cancelled, current_time, sleep
 from hybridkex.qkd.source import KeyReference, KeySource, QkdKey, SourceStatus
 from hybridkex.text import get_logger
@@ -29,6 +29,7 @@ class PrefetchConfig:
     """Seconds to wait after the source failed; doubled each time, up to 32 times as long."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not 0 < self.low <= self.high:
             raise ConfigError("the watermarks must satisfy 0 < low <= high")
         if self.ttl <= 0 or self.retry_after <= 0:
@@ -46,8 +47,8 @@ class PrefetchSource:
     caller, for example over a session that is already there.
     """
 
+    @checked
     def __init__(self, source: KeySource, config: PrefetchConfig | None = None) -> None:
-        check_members("source", source, KeySource)
         self.local_sae: Final = source.local_sae
         self.peer_sae: Final = source.peer_sae
         self._source = source

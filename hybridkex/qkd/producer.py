@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 from uuid import uuid4
 
+from hybridkex.errors import ConfigError
+from hybridkex.fields import check_fields, checked
 from hybridkex.net.event_loop import Event, checkpoint
 from hybridkex.secret import Secret
 
@@ -42,6 +44,11 @@ class KeyProducer(Protocol):
     def __aiter__(self) -> AsyncIterator[list[ProducedKey]]: ...
 
 
+def _check_bits(key_bits: int) -> None:
+    if key_bits < 8 or key_bits % 8:
+        raise ConfigError("key_bits must be a positive multiple of 8")
+
+
 def _random_batch(key_bits: int) -> list[ProducedKey]:
     return [
         ProducedKey(key_id=str(uuid4()), key=Secret(os.urandom(key_bits // 8)))
@@ -59,6 +66,10 @@ class RandomProducer:
 
     key_bits: int = 256
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+        _check_bits(self.key_bits)
+
     def __aiter__(self) -> "RandomProducer":
         return self
 
@@ -70,7 +81,9 @@ class RandomProducer:
 class RandomEnd:
     """One end of a random link within one process; see :func:`random_link`."""
 
+    @checked
     def __init__(self, key_bits: int) -> None:
+        _check_bits(key_bits)
         self._key_bits = key_bits
         self._waiting: deque[list[ProducedKey]] = deque()
         self._taken = Event()

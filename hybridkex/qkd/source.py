@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol, TypeAlias, runtime_checkable
 
 from hybridkex.errors import KeyUnknown
+from hybridkex.fields import checked
 from hybridkex.secret import Secret
 from hybridkex.text import printable
 
@@ -25,6 +26,7 @@ UUID_TEXT: Final = re.compile("[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12
 """RFC 9562 section 4. (Python's ``UUID()`` takes other texts, too.)"""
 
 
+@checked
 def canonical_key_id(text: str) -> str:
     """The canonical form of a key ID: for a UUID, the lower-case form of RFC 9562 section 4.
 

@@ -27,7 +27,7 @@ from hybridkex.errors import (
     KeyUnknown,
     PolicyRefused,
 )
-from hybridkex.fields import check_fields
+from hybridkex.fields import check_fields, described
 from hybridkex.net.event_loop import current_time, sleep, time_limit
 from hybridkex.net.log import BoundedLog
 from hybridkex.net.token_bucket import TokenBucket
@@ -161,6 +161,8 @@ class QkdPskSource:
             raise ConfigError("QKD keys need at least one key source")
         if len(set(pairs)) != len(pairs):
             raise ConfigError("two sources for one pair of SAEs: combine them in a FailoverSource")
+        if not isinstance(limits, QkdLimits | None):
+            raise ConfigError(f"limits takes a QkdLimits, not {described(limits)}")
         self._limits: Final = limits or QkdLimits()
         self._budgets: Final = self._full_buckets()
         self._session_budgets: Final = self._full_buckets()

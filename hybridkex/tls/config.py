@@ -110,7 +110,7 @@ class Limits:
         if self.certificate_message < 1 << 10:
             raise ConfigError("certificate_message must be at least 1 KiB, or no certificate fits")
         if min(self.key_updates, self.empty_records, self.tickets, self.psk_identities) < 1:
-            raise ConfigError("every limit must be 1 or more")
+            raise ConfigError("every limit of Limits must be 1 or more")
 
 
 MAX_OFFER: Final = 60 << 10
@@ -133,7 +133,7 @@ class PadToMultiple:
     def __post_init__(self) -> None:
         check_fields(self)
         if not 1 <= self.size <= MAX_PLAINTEXT:
-            raise ConfigError(f"records are padded to a multiple of 1 to 16384, not {self.size}")
+            raise ConfigError(f"size of PadToMultiple must be 1 to 16384, not {self.size}")
 
     def __call__(self, length: int, limit: int, /) -> int:
         """The number of zeros to append; never more than the record limit allows."""

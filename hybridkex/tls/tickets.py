@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from hybridkex.constants import TLS13, CertificateType
 from hybridkex.errors import ConfigError, DecodeError
-from hybridkex.fields import check_fields, checked_clock
+from hybridkex.fields import check_fields, checked, checked_clock
 from hybridkex.secret import Secret
 from hybridkex.tls.session import MAX_TICKET_LIFETIME, AuthenticatedBy
 from hybridkex.values import value
@@ -263,6 +263,7 @@ class CookieProtector:
         entropy: returns the given number of random bytes, for the key and nonces.
     """
 
+    @checked
     def __init__(
         self,
         key: Secret | None = None,
@@ -271,6 +272,8 @@ class CookieProtector:
         clock: Callable[[], float] = time.time,
         entropy: Entropy = os.urandom,
     ) -> None:
+        if lifetime < 0:
+            raise ConfigError("the lifetime of a cookie must not be negative")
         if key is not None and len(key) != 32:
             raise ConfigError(f"a cookie key must have 32 bytes, not {len(key)}")
         raw = key.reveal() if key is not None else entropy(32)

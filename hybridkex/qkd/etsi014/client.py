@@ -21,6 +21,7 @@ from hybridkex.errors import (
     KeyUnauthorized,
     KeyUnknown,
 )
+from hybridkex.fields import check_fields, checked
 from hybridkex.json_text import load_json
 from hybridkex.net.event_loop import time_limit
 from hybridkex.net.log import BoundedLog
@@ -38,7 +39,7 @@ from hybridkex.qkd.etsi014.transport import (
 from hybridkex.qkd.source import KeyPart, KeyReference, QkdKey, SourceStatus, single
 from hybridkex.text import get_logger, printable
 
-__all__ = ["Etsi014Source", "KmeAccess", "KmeClient", "classify"]
+__all__ = ["Etsi014Source", "IdRule", "KmeAccess", "KmeClient", "classify"]
 
 LOG: Final = get_logger(__name__)
 
@@ -66,6 +67,7 @@ class KmeAccess:
     405."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_url(self.url)
         if self.timeout <= 0 or self.max_answer < 1024:
             raise ConfigError("timeout must be positive and max_answer at least 1024")
@@ -134,6 +136,7 @@ class KmeClient:
     to request them again), and only the caller knows whether to use new ones.
     """
 
+    @checked
     def __init__(self, access: KmeAccess, *, handshake: TlsHandshake | None = None) -> None:
         """Read the certificates; sends nothing. ``handshake`` replaces ``access.tls``.
 
@@ -355,6 +358,7 @@ class Etsi014Source:
     For a KME whose status hides it, give it as ``peer_kme``: both sites must use the same names.
     """
 
+    @checked
     def __init__(
         self,
         client: KmeClient,

@@ -97,6 +97,9 @@ class SecureByteStream(SecureDuplex, ByteStream):
 
     Its typed attributes are those of ``TLSAttribute`` that have a meaning in TLS 1.3, those of
     :class:`HybridkexAttribute`, and those of the transport stream.
+
+    It is made of ``transport_stream`` and the parameters of :meth:`wrap`; ``standard_compatible``:
+    whether close_notify is sent and required.
     """
 
     _lib: ClassVar = anyio

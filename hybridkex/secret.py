@@ -15,6 +15,9 @@ class Secret:
 
     Comparison takes constant time. Only :meth:`reveal`, which is easy to search for, returns the
     bytes.
+
+    Args:
+        value: the bytes, which are copied.
     """
 
     __slots__ = ("_value",)

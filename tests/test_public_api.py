@@ -1,18 +1,23 @@
-"""The public names: each has a docstring, and none changes unnoticed.
+"""The public names: each has a docstring, which names the parameters and the errors, and none
+changes unnoticed.
 
 ``python tests/test_public_api.py`` writes the snapshot anew.
 """
 
+import ast
 import importlib
 import inspect
+import itertools
 import pydoc
 import re
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
-from types import GenericAlias
+from types import FunctionType, GenericAlias
+from typing import cast
 
 import pytest
 
@@ -20,22 +25,21 @@ import hybridkex
 
 SNAPSHOT = Path(__file__).with_name("public_api.txt")
 
+REFERENCE = Path(__file__).parents[1] / "docs/reference"
+
 MODULES = (
     "hybridkex",
-    "hybridkex.aio",
-    "hybridkex.auth",
-    "hybridkex.combiner",
-    "hybridkex.errors",
-    "hybridkex.qkd.composite",
-    "hybridkex.qkd.etsi014.client",
-    "hybridkex.qkd.in_process",
-    "hybridkex.qkd.pool",
-    "hybridkex.qkd.prefetch",
-    "hybridkex.qkd.producer",
-    "hybridkex.qkd.source",
-    "hybridkex.tls.events",
+    *sorted(
+        module
+        for page in REFERENCE.glob("*.md")
+        if page.name != "api.md"
+        for module in re.findall(
+            r"^::: (hybridkex\.[a-z0-9_.]+)$", page.read_text("utf-8"), re.MULTILINE
+        )
+    ),
 )
-"""Where users import from; the reference pages of the documentation list the same modules."""
+"""Where users import from: the package, whose names are in ``api.md``, and the modules of the
+other pages."""
 
 PROPERTIES = (property, cached_property)
 
@@ -120,6 +124,130 @@ def documented_by_a_base(thing: type, member: str) -> bool:
     """Whether a documented base class has the method."""
     method = member.rpartition(".")[2]
     return any(getattr(vars(base).get(method), "__doc__", None) for base in thing.__mro__[1:])
+
+
+Callable = type | FunctionType
+
+
+def everything() -> dict[str, tuple[Callable, object]]:
+    """The public callables, each once, with what they are members of."""
+    found: dict[Callable, tuple[str, object]] = {}
+    for module in MODULES:
+        for name, thing in names(module):
+            for member, value in ((name, thing), *members(name, thing)):
+                if inspect.isclass(value) or inspect.isfunction(value):
+                    found.setdefault(value, (member, thing))
+    return {name: (value, owner) for value, (name, owner) in found.items()}
+
+
+EVERYTHING = everything()
+INTERFACES = [one for one, _ in EVERYTHING.values() if getattr(one, "_is_protocol", False)]
+
+
+def is_ours(kind: type) -> bool:
+    return kind.__module__.startswith("hybridkex.")
+
+
+def documents(name: str, value: Callable, owner: object) -> str:
+    """What the reference says about a callable.
+
+    A class: also the docstrings of its bases, of ``__init__`` and of its fields. A method: also
+    those of the bases' and of the interfaces' method of this name. A constructor: also its class's.
+    """
+    if inspect.isclass(value):
+        kinds = [one for one in value.__mro__ if is_ours(one)]
+        of_init = [vars(one).get("__init__") for one in kinds]
+        documented = [one for kind in kinds for one in fields_explained(kind)]
+        return "\n".join([*map(text_of, (*kinds, *of_init)), *documented])
+    if not inspect.isclass(owner):
+        return text_of(value)
+    method = name.rpartition(".")[2]
+    same = [vars(one).get(method) for one in (*owner.__mro__, *INTERFACES)]
+    constructs = isinstance(vars(owner).get(method), classmethod)
+    return "\n".join(map(text_of, (value, *same, *([owner] if constructs else []))))
+
+
+def text_of(thing: object) -> str:
+    return inspect.cleandoc(getattr(thing, "__doc__", None) or "")
+
+
+def syntax(thing: Callable) -> ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef:
+    [node] = ast.parse(textwrap.dedent(inspect.getsource(thing))).body
+    assert isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+    return node
+
+
+def fields_explained(kind: type) -> list[str]:
+    """The names of the fields that have a docstring."""
+    return [
+        field.target.id
+        for field, after in itertools.pairwise(syntax(kind).body)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+    ]
+
+
+def parameters(value: Callable) -> list[str]:
+    try:
+        found = inspect.signature(value).parameters
+    except ValueError:  # an enumeration, an exception
+        return []
+    return [one for one in found if one not in ("self", "cls")]
+
+
+def explains(text: str, name: str, *, field: bool) -> bool:
+    """Whether a name has a line of its own or is quoted; a function's may be any word there."""
+    if field:
+        return bool(re.search(rf"^ *{name}(: |$)|``[^`]*\b{name}\b[^`]*``", text, re.MULTILINE))
+    return bool(re.search(rf"\b{name.replace('_', '[ _-]')}\b", text, re.IGNORECASE))
+
+
+def test_every_parameter_and_field_is_explained() -> None:
+    """``handshake_timeout`` and ``size`` were nowhere."""
+    missing = {}
+    for name, (value, owner) in EVERYTHING.items():
+        if value in INTERFACES or (
+            isinstance(value, type) and issubclass(value, Enum | BaseException)
+        ):
+            continue  # not made by users
+        text, made = documents(name, value, owner), isinstance(value, type)
+        unexplained = [one for one in parameters(value) if not explains(text, one, field=made)]
+        if unexplained:
+            missing[name] = unexplained
+    assert missing == {}
+
+
+def raised(function: object) -> set[str]:
+    """Our exceptions that a function raises itself, or by a check that says so."""
+    if not isinstance(function, FunctionType):
+        return set()
+    function = cast("FunctionType", inspect.unwrap(function))
+    if function.__code__.co_filename == "<string>":  # a dataclass's
+        return set()
+    whole = syntax(function)
+    found = {"ConfigError" for one in whole.decorator_list if ast.unparse(one) == "checked"}
+    for node in ast.walk(whole):
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+            kind = function.__globals__.get(ast.unparse(node.exc.func))
+            if inspect.isclass(kind) and issubclass(kind, hybridkex.HybridkexError):
+                found.add(kind.__name__)
+        if isinstance(node, ast.Call) and ast.unparse(node.func).startswith(("check", "_check")):
+            check = text_of(function.__globals__.get(ast.unparse(node.func)))
+            found |= set(re.findall(r"\b\w*Error\b", check.partition("Raise")[2]))
+    return found
+
+
+def test_whatever_raises_says_so() -> None:
+    silent = {}
+    for name, (value, owner) in EVERYTHING.items():
+        run: Sequence[object] = [value]
+        if inspect.isclass(value):
+            made_by = ("__init__", "__post_init__")
+            run = [vars(one).get(by) for one in value.__mro__ if is_ours(one) for by in made_by]
+        found = set[str]().union(*map(raised, run))
+        if found and not re.search(r"\b[Rr]aises?\b", documents(name, value, owner)):
+            silent[name] = found
+    assert silent == {}
 
 
 def test_the_public_names_are_those_of_the_snapshot() -> None:

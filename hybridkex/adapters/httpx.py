@@ -144,7 +144,15 @@ class SecureBackend(httpcore.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.AsyncNetworkStream:
-        """Connect over TCP; httpcore then calls ``start_tls`` on the stream."""
+        """Connect over TCP; httpcore then calls ``start_tls`` on the stream.
+
+        Args:
+            host: host name or IP address.
+            port: TCP port.
+            timeout: seconds for the connection; ``None`` for no limit.
+            local_address: our own address; ``None`` for any.
+            socket_options: arguments of ``setsockopt``.
+        """
         connect = partial(anyio.connect_tcp, host, port, local_host=local_address)
         return await self._connect(connect, timeout, socket_options)
 
@@ -154,7 +162,13 @@ class SecureBackend(httpcore.AsyncNetworkBackend):
         timeout: float | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.AsyncNetworkStream:
-        """Connect to a Unix socket; httpcore then calls ``start_tls`` on the stream."""
+        """Connect to a Unix socket; httpcore then calls ``start_tls`` on the stream.
+
+        Args:
+            path: the path of the socket.
+            timeout: seconds for the connection; ``None`` for no limit.
+            socket_options: arguments of ``setsockopt``.
+        """
         return await self._connect(partial(anyio.connect_unix, path), timeout, socket_options)
 
     async def _connect(
@@ -175,7 +189,7 @@ class SecureBackend(httpcore.AsyncNetworkBackend):
         return _Stream(stream, self)
 
     async def sleep(self, seconds: float) -> None:
-        """Wait before the next attempt to connect."""
+        """Wait this number of seconds before the next attempt to connect."""
         await anyio.sleep(seconds)
 
 

@@ -118,17 +118,24 @@ class SecureTransport(transports._FlowControlMixin):
         return self._life.engine.session
 
     def export(self, label: bytes, context: bytes, length: int) -> Secret:
-        """Exported keying material for an application protocol: ``length`` bytes (RFC 9846 section
-        7.5).
+        """Exported keying material for an application protocol (RFC 9846 section 7.5).
+
+        Args:
+            label: the label of the application protocol, 1 to 249 bytes.
+            context: the protocol's context; may be empty.
+            length: the number of bytes, 1 to 12,240 with SHA-384 and to 8,160 with SHA-256.
 
         Raises:
             LocalStateError: the handshake is not complete, or the connection was closed.
+            ConfigError: ``label`` or ``length`` is out of range.
         """
         return self._life.engine.export(label, context, length)
 
     def export_fresh(self, label: bytes, context: bytes, length: int) -> Secret:
         """Like :meth:`export`, from the current epoch's exporter secret, which each key update
         replaces (draft-ietf-tls-extended-key-update-13 section 10).
+
+        ``label``, ``context`` and ``length`` are those of :meth:`export`.
 
         Raises:
             LocalStateError: the handshake is not complete, or Extended Key Update was not
@@ -169,7 +176,7 @@ class SecureTransport(transports._FlowControlMixin):
         self._writing.update_keys(request_peer=request_peer)
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        """Information about the connection, by name; see the class."""
+        """Information about the connection, by ``name`` (see the class), or ``default``."""
         life = self._life
         if name == "sslcontext":
             return life.config
@@ -217,7 +224,7 @@ class SecureTransport(transports._FlowControlMixin):
         self._writing.write(data)
 
     def writelines(self, list_of_data: Iterable[bytes | bytearray | memoryview]) -> None:
-        """Send several pieces of data."""
+        """Send each of ``list_of_data``."""
         for data in list_of_data:
             self._writing.write(data)
 

@@ -59,6 +59,7 @@ class PeerCertificate:
 
     certificate_type: ClassVar[CertificateType] = CertificateType.X509
     chain: tuple[bytes, ...]
+    """The certificates in DER, end entity first."""
 
     @property
     def leaf(self) -> x509.Certificate:

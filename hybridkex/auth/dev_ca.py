@@ -79,10 +79,16 @@ def _algorithm(name: str) -> _Algorithm:
 
 @dataclass(frozen=True)
 class DevCa:
-    """An authority and its key: a self-signed root, or an intermediate under one."""
+    """An authority and its key: a self-signed root, or an intermediate under one.
+
+    Raises:
+        ConfigError: a field has the wrong type.
+    """
 
     certificate: x509.Certificate
+    """The authority's certificate."""
     private_key: Annotated[CertificateIssuerPrivateKeyTypes, PRIVATE_KEY] = field(repr=False)
+    """Its key."""
     algorithm: str = "ecdsa"
     """The algorithm of the authority's own key."""
     intermediates: tuple[bytes, ...] = field(default=(), repr=False)
@@ -132,7 +138,18 @@ class DevCa:
         not_after: datetime | None = None,
         path_length: int | None = 0,
     ) -> "DevCa":
-        """A new authority below this one; arguments and errors as with :meth:`create`."""
+        """A new authority below this one.
+
+        Args:
+            name: its common name.
+            algorithm: see :meth:`create`.
+            not_before: aware; yesterday by default.
+            not_after: aware; ten years from now by default.
+            path_length: the maximum number of intermediates below it in a path.
+
+        Raises:
+            ConfigError: see :meth:`create`.
+        """
         algorithm = "ecdsa" if algorithm == "ed25519" else algorithm
         key = _algorithm(algorithm).generate()
         builder = _builder(name, key.public_key(), not_before, not_after, days=3650)

@@ -48,7 +48,9 @@ class Identity:
 
     certificate_type: ClassVar[CertificateType] = CertificateType.X509
     chain: tuple[bytes, ...] = field(repr=False)
+    """The certificates in DER, leaf first."""
     private_key: Annotated[CertificateIssuerPrivateKeyTypes, PRIVATE_KEY] = field(repr=False)
+    """The key of the leaf."""
     names: tuple[str, ...] = field(init=False)
     """The DNS names, IP addresses and URIs that the certificate is for."""
 
@@ -95,6 +97,9 @@ class Identity:
     def require_role(self, *, server: bool) -> None:
         """Refuse a certificate whose extendedKeyUsage excludes this role.
 
+        Args:
+            server: whether we use it as a server; otherwise as a client.
+
         Raises:
             ConfigError: no peer can accept it (RFC 5280 section 4.2.1.12).
         """
@@ -121,6 +126,11 @@ class Identity:
     ) -> "Identity":
         """From PEM: the chain with the leaf first, and the key.
 
+        Args:
+            certificates: the chain, with the leaf first.
+            key: the private key of the leaf.
+            password: decrypts the key; ``None`` for a key that is not encrypted.
+
         Raises:
             ConfigError: the certificates or the key cannot be read, they do not match, or the
                 certificate is not valid today.
@@ -133,6 +143,11 @@ class Identity:
         cls, certificates: str | Path, key: str | Path, *, password: bytes | None = None
     ) -> "Identity":
         """From PEM files.
+
+        Args:
+            certificates: the path of the chain, with the leaf first.
+            key: the path of the private key.
+            password: see :meth:`from_pem`.
 
         Raises:
             ConfigError: as for :meth:`from_pem`; the message names the file.

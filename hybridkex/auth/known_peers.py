@@ -76,7 +76,12 @@ class KnownPeers:
     def verify_server_key(
         self, spki: bytes, name: PeerName | None, *, at: datetime | None = None
     ) -> VerifiedPeer:
-        """Accept a key that the file has for this name, or any key if the name is new."""
+        """Accept a key that the file has for this name, or any key if the name is new.
+
+        Raises:
+            CertificateRejected: the file has another key for the name, or none and new ones are not
+                accepted.
+        """
         if name is None:
             raise CertificateRejected(
                 "server keys are looked up by host name; pass server_hostname"
@@ -96,7 +101,11 @@ class KnownPeers:
         return VerifiedPeer(PROOF, peer, "first use", partial(self._remember, str(name), peer))
 
     def verify_client_key(self, spki: bytes, *, at: datetime | None = None) -> VerifiedPeer:
-        """Accept a key that is in the file. A client sends no name, so a new client is refused."""
+        """Accept a key that is in the file. A client sends no name, so a new client is refused.
+
+        Raises:
+            CertificateRejected: the key is not in the file, or is too weak.
+        """
         names = tuple(name for name, key in self._entries() if key == spki)
         peer = read_raw_key(spki, names)
         if not names:

@@ -30,6 +30,7 @@ class DnsName:
     """A host name as A-labels in lower case, without the trailing dot (RFC 6066 section 3)."""
 
     a_label: str
+    """The name, for example ``xn--bcher-kva.example``."""
 
     def __str__(self) -> str:
         return self.a_label
@@ -40,6 +41,7 @@ class IpAddress:
     """An IPv4 or IPv6 address; it is never sent as a server name (RFC 6066 section 3)."""
 
     address: ipaddress.IPv4Address | ipaddress.IPv6Address
+    """Without a scope."""
 
     def __str__(self) -> str:
         return str(self.address)
@@ -49,7 +51,7 @@ PeerName = DnsName | IpAddress
 
 
 def parse_peer_name(text: str) -> PeerName:
-    """Parse a name as people write it: ``example.org``, ``bücher.example``, ``127.0.0.1`` or
+    """Parse a text as people write a name: ``example.org``, ``bücher.example``, ``127.0.0.1`` or
     ``[::1]``.
 
     Names beyond ASCII become A-labels by IDNA 2008 with the mapping of UTS #46 (RFC 5891, RFC 9525

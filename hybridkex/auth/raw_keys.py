@@ -162,7 +162,7 @@ class RawIdentity:
 
     @classmethod
     def generate(cls, *, names: tuple[str, ...] = ()) -> "RawIdentity":
-        """A fresh Ed25519 key."""
+        """A fresh Ed25519 key; ``names`` are those of the class."""
         return cls(ed25519.Ed25519PrivateKey.generate(), names)
 
     def to_pem(self) -> bytes:
@@ -181,6 +181,11 @@ class RawIdentity:
     ) -> "RawIdentity":
         """From a private key in PEM.
 
+        Args:
+            pem: the private key.
+            names: see the class.
+            password: decrypts the key; ``None`` for a key that is not encrypted.
+
         Raises:
             ConfigError: it is not a private key, or the key is not acceptable.
         """
@@ -195,6 +200,11 @@ class RawIdentity:
         cls, path: str | Path, *, names: tuple[str, ...] = (), password: bytes | None = None
     ) -> "RawIdentity":
         """From a file with a private key in PEM.
+
+        Args:
+            path: the file.
+            names: see the class.
+            password: see :meth:`from_pem`.
 
         Raises:
             ConfigError: as for :meth:`from_pem`; the message names the file.

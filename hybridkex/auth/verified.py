@@ -22,7 +22,9 @@ class VerifiedPeer:
     """Proof that a chain or a key was accepted; only the verifiers of this package make one."""
 
     proof: InitVar[object]
+    """Shows that a verifier of this package made it."""
     certificate: Presented
+    """The peer's certificates or raw public key."""
     verified_by: Literal["ca", "pin", "known", "first use", "openpgp", "insecure"]
     """``ca`` if an authority vouched for it (and the pins, if any, matched too)."""
     remember: Callable[[], None] | None = field(default=None, repr=False, compare=False)
@@ -93,7 +95,8 @@ class ServerKeyVerifier(Protocol):
     def verify_server_key(
         self, spki: bytes, name: PeerName | None, *, at: datetime | None = None
     ) -> VerifiedPeer:
-        """Accept a SubjectPublicKeyInfo for ``name``, or raise ``CertificateRejected``.
+        """Accept a SubjectPublicKeyInfo ``spki`` (DER) for ``name``, or raise
+        ``CertificateRejected``.
 
         ``at`` is the time of the check, aware; ``None`` is now.
         """
@@ -104,7 +107,7 @@ class ClientKeyVerifier(Protocol):
     """Decides about a client's raw public key."""
 
     def verify_client_key(self, spki: bytes, *, at: datetime | None = None) -> VerifiedPeer:
-        """Accept a SubjectPublicKeyInfo, or raise ``CertificateRejected``.
+        """Accept a SubjectPublicKeyInfo ``spki`` (DER), or raise ``CertificateRejected``.
 
         ``at`` is the time of the check, aware; ``None`` is now.
         """

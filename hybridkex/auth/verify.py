@@ -184,7 +184,16 @@ class TrustStore:
     @classmethod
     @checked
     def from_pem(cls, data: bytes, *, pins: Iterable[str] = (), source: str = "") -> "TrustStore":
-        """From concatenated PEM certificates."""
+        """From concatenated PEM certificates.
+
+        Args:
+            data: the certificates.
+            pins: see the class.
+            source: where they come from, for messages.
+
+        Raises:
+            ConfigError: a certificate or a pin cannot be read.
+        """
         try:
             authorities = certificates_from_pem(data)
         except UNREADABLE as error:
@@ -197,20 +206,38 @@ class TrustStore:
     @classmethod
     @checked
     def from_file(cls, path: str | Path, *, pins: Iterable[str] = ()) -> "TrustStore":
-        """From a PEM file."""
+        """From a PEM file.
+
+        Args:
+            path: the file.
+            pins: see the class.
+
+        Raises:
+            ConfigError: the file, a certificate or a pin cannot be read.
+        """
         return cls.from_pem(read_file(path), pins=pins, source=str(path))
 
     @classmethod
     @checked
     def system(cls, *, pins: Iterable[str] = ()) -> "TrustStore":
-        """The authorities of this machine, or those in ``SSL_CERT_FILE`` and ``SSL_CERT_DIR``."""
+        """The authorities of this machine, or those in ``SSL_CERT_FILE`` and ``SSL_CERT_DIR``.
+
+        ``pins`` are those of the class.
+
+        Raises:
+            ConfigError: the certificates or a pin cannot be read.
+        """
         authorities, source = system_roots()
         return cls(tuple(authorities), _normal_pins(pins), source)
 
     def verify_server(
         self, chain: Sequence[bytes], name: PeerName | None, *, at: datetime | None = None
     ) -> VerifiedPeer:
-        """Chain, validity, usages, strength of the leaf's key, and name."""
+        """Chain, validity, usages, strength of the leaf's key, and name.
+
+        Raises:
+            CertificateRejected: one of these is wrong, or ``name`` is ``None``.
+        """
         if name is None:
             raise CertificateRejected(
                 "the server's certificate cannot be checked without a name; pass server_hostname"

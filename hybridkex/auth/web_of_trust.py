@@ -143,7 +143,11 @@ class WebOfTrust:
     def verify_server_key(
         self, spki: bytes, name: PeerName | None, *, at: datetime | None = None
     ) -> VerifiedPeer:
-        """Accept a key that enough people endorse for this name at the time ``at``."""
+        """Accept a key that enough people endorse for this name at the time ``at``.
+
+        Raises:
+            CertificateRejected: fewer endorse it, or ``name`` is ``None``.
+        """
         if name is None:
             raise CertificateRejected("an endorsement names the server; pass server_hostname")
         peer = read_raw_key(spki, (str(name),))

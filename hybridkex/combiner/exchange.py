@@ -132,7 +132,8 @@ class PskAuthentication:
         return hmac.digest(mac_key, digest, "sha256")
 
     def check(self, role: Role, digest: bytes, proof: bytes, peer: str) -> None:
-        """Verify the HMAC that the peer sent in ``role``. Raises ``DecryptError``."""
+        """Verify ``proof``, the HMAC over ``digest`` that the peer sent in ``role``. Raises
+        ``DecryptError``."""
         if not hmac.compare_digest(self.prove(role, digest), proof):
             raise DecryptError(
                 "the peer's message does not verify: it has another pre-shared key, or is "
@@ -168,7 +169,11 @@ class SignatureAuthentication:
         return NO_SECRET
 
     def prove(self, role: Role, digest: bytes) -> bytes:
-        """Our signature over ``role`` and ``digest``, with the key that verifies it."""
+        """Our signature over ``role`` and ``digest``, with the key that verifies it.
+
+        Raises:
+            ConfigError: none of the schemes fits our key.
+        """
         key = self.identity.signing_key
         scheme = choose_scheme(key, self.schemes, (one.code for one in self.schemes))
         if scheme is None:
@@ -178,7 +183,12 @@ class SignatureAuthentication:
         return u16(scheme.code) + vector24(spki) + vector16(signature)
 
     def check(self, role: Role, digest: bytes, proof: bytes, peer: str) -> VerifiedPeer:
-        """Verify the peer's raw public key and its signature. Raises ``PeerError``."""
+        """Verify ``proof``: the peer's raw public key, and its signature over ``role`` and
+        ``digest``.
+
+        Raises:
+            PeerError: it does not verify, or the key is not accepted.
+        """
         reader = Reader(proof)
         code, spki, signature = reader.u16(), reader.opaque(3, least=1), reader.opaque(2)
         reader.finish()
@@ -296,6 +306,7 @@ class Exchanged:
     """The result of an exchange."""
 
     key: Secret
+    """The shared key, of the length that the configuration asks for."""
     peer: VerifiedPeer | None
     """The peer, if it was authenticated by a signature."""
     parts: tuple[str, ...]

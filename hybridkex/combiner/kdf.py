@@ -192,6 +192,7 @@ class Leg:
     name: str
     """The algorithm or source, for example ``ML-KEM-768``; the same on both sides."""
     secret: Secret
+    """What the two sides share; not empty."""
     offer: bytes
     """The initiator's message: a public key. For a QKD key, its ID."""
     answer: bytes = b""

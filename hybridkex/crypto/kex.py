@@ -92,7 +92,17 @@ class KeyExchange(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """A key exchange under its code point of the TLS Supported Groups registry."""
+    """A key exchange under its code point of the TLS Supported Groups registry.
+
+    Args:
+        code: the code point, 1 to 65,535.
+        name: its name in logs, settings and the session.
+        exchange: the key exchange, for example a :class:`Concat`.
+
+    Raises:
+        ConfigError: the code does not fit, or ``exchange`` is not a key exchange with shares that
+            fit.
+    """
 
     code: int
     name: str
@@ -286,6 +296,13 @@ class Concat:
     If a part is itself a hybrid, its parts take its place; the layout is the same. The secret is as
     strong as the strongest part, since the TLS 1.3 key schedule extracts from the whole (RFC 9954
     section 3.3). The lengths are fixed, so no part can run into the next.
+
+    Args:
+        parts: two key exchanges or more, in the order of their shares.
+        name: its name; by default, those of the parts, joined by ``+``.
+
+    Raises:
+        ConfigError: there are fewer than two parts, or one is not a key exchange.
     """
 
     @checked
@@ -309,7 +326,12 @@ class Concat:
         return _ConcatStarted(self)
 
     def respond(self, peer_share: bytes) -> tuple[bytes, Secret]:
-        """Answer the share of each part (server); the secret is the concatenation of theirs."""
+        """Answer the parts of ``peer_share`` (server): our share, and the concatenation of the
+        secrets.
+
+        Raises:
+            PeerError: the client's share is not valid.
+        """
         shares = self.offers.split(peer_share)
         answers = [part.respond(share) for part, share in zip(self.parts, shares, strict=True)]
         return b"".join([share for share, _ in answers]), _join([secret for _, secret in answers])

@@ -28,6 +28,9 @@ class ExternalPsk:
         hash: its hash; a plain PSK works only with cipher suites of that hash.
         context: ``None`` for a plain PSK; bytes (which may be empty) to import it by RFC 9258.
         origin: any object; the session has it as ``psk_origin``.
+
+    Raises:
+        ConfigError: a field has the wrong type or length.
     """
 
     identity: bytes

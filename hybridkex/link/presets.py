@@ -19,13 +19,22 @@ __all__ = ["PRESETS", "Preset", "preset"]
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """Everything that describes a link except its length."""
+    """Everything that describes a link except its length.
+
+    Raises:
+        ConfigError: a field has the wrong type or is out of range.
+    """
 
     name: str
+    """The word that :func:`preset` takes."""
     reference: str
+    """The paper."""
     channel: Channel
+    """The fibre and the detectors."""
     transmitter: Transmitter | PairSource
+    """Alice's source of light."""
     security: Security
+    """The failure probabilities that the proof may add up."""
     efficiency: float
     """f, as the paper assumes for error correction; only closed forms use it."""
 
@@ -45,7 +54,7 @@ class Preset:
         return {**flat, "efficiency": self.efficiency}
 
     def at(self, distance_km: float) -> "Preset":
-        """A copy with another length of fibre."""
+        """A copy with another length of fibre, ``distance_km``."""
         return replace(self, channel=self.channel.at(distance_km))
 
 

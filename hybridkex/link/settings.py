@@ -62,9 +62,14 @@ def _canonical(value: object) -> object:
 
 @dataclass(frozen=True, kw_only=True)
 class LinkSettings:
-    """A link. The preset's channel is the one measured when the link was set up."""
+    """A link. The preset's channel is the one measured when the link was set up.
+
+    Raises:
+        ConfigError: a setting has the wrong type or is out of range.
+    """
 
     preset: Preset = field(default_factory=lambda: PRESETS["lim2014"])
+    """What the link is made of; its fibre is as long as :meth:`Preset.at` says."""
     block_bits: int = 1_000_000
     """n_X: bits of the key basis that make a block, a random sample of those detected."""
     key_bits: int = KEY_BITS
@@ -218,7 +223,8 @@ class LinkSettings:
             )
 
     def check_qber(self, rate: float, basis: str) -> None:
-        """Raises ``BlockAborted`` for too many wrong bits."""
+        """Refuse too high a ``rate`` of wrong bits, 0 to 1, in this ``basis``. Raises
+        ``BlockAborted``."""
         if rate > self.max_qber:
             raise BlockAborted(
                 f"QBER of the {basis} basis: {rate:.2%}, and at most {self.max_qber:.2%} is allowed"
@@ -243,7 +249,7 @@ class LinkSettings:
         return math.ceil(bits)
 
     def secret_length(self, counts: Counts, *, leak: int) -> SecretLength:
-        """The bound, for ``leak`` bits by :meth:`leaked`.
+        """The bound for these ``counts``, with ``leak`` bits by :meth:`leaked`.
 
         Raises ``BlockAborted`` when it leaves nothing.
         """

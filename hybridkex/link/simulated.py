@@ -67,7 +67,13 @@ def attack(
 
 
 class SimulatedLink:
-    """Alice, Bob and the channels between them. Use it inside ``async with link.open():``."""
+    """Alice, Bob and the channels between them. Use it inside ``async with link.open():``.
+
+    Args:
+        settings: both ends use these.
+        bootstrap: what authenticates the first block: one of :data:`BOOTSTRAPS`.
+        observer: see :data:`Observer`.
+    """
 
     def __init__(
         self,
@@ -230,6 +236,7 @@ class SimulatedLink:
 
 
 def stream_pair() -> tuple[trio.SocketStream, trio.SocketStream]:
+    """Two connected streams within this process."""
     left, right = socket.socketpair()
     return (
         trio.SocketStream(trio.socket.from_stdlib_socket(left)),

@@ -52,13 +52,18 @@ class FailoverSource:
     that was unavailable or too slow is asked last for ``retry_after`` seconds. A named key can only
     be at a source whose KMEs are in the name; there may be several, such as a KME and a pool filled
     from it.
+
+    Raises:
+        ConfigError: there are fewer than two sources, they are for different pairs of SAEs, or a
+            time is out of range.
     """
 
     @checked
     def __init__(
         self, sources: Sequence[KeySource], *, retry_after: float = 10.0, timeout: float = 5.0
     ) -> None:
-        """``timeout`` bounds the call of one source, in seconds; then the next one is asked."""
+        """``timeout`` bounds the call of one of the ``sources``, in seconds; then the next one is
+        asked."""
         self.local_sae, self.peer_sae = _same_saes(sources)
         if retry_after < 0 or timeout <= 0:
             raise ConfigError("retry_after and timeout must be positive")
@@ -152,6 +157,12 @@ class CombinedSource:
     """Combines one key of every source; secret while at least one of the links is.
 
     Each source must give keys with single-part names, and no two may share a link.
+
+    Args:
+        sources: two key sources or more, in the same order at both SAEs.
+
+    Raises:
+        ConfigError: there are fewer, or they are for different pairs of SAEs.
     """
 
     @checked
@@ -208,6 +219,9 @@ def combine_keys(parts: Sequence[QkdKey]) -> QkdKey:
 
     Lengths are two bytes, big-endian; IDs are UTF-8. So both SAEs, the roles,
     all KMEs, all key IDs and their order are bound, and the encoding is injective.
+
+    Args:
+        parts: one key of each link; all have the same two SAEs and the same master.
     """
     master, slave = parts[0].master_sae, parts[0].slave_sae
     fixed_info = Label.COMBINED_QKD_KEYS + vector16(master.encode()) + vector16(slave.encode())

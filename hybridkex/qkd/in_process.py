@@ -18,7 +18,18 @@ REMEMBERED: Final = 4096
 
 
 class InProcessSource:
-    """One end of a pair; see :func:`in_process_pair`."""
+    """One end of a pair; see :func:`in_process_pair`.
+
+    Args:
+        sae: the SAE ID of this end.
+        kme: its KME ID.
+        peer_sae: the SAE ID of the other end.
+        peer_kme: its KME ID.
+        capacity: the maximum number of keys that wait for the other end.
+
+    Raises:
+        ConfigError: an argument has the wrong type.
+    """
 
     @checked
     def __init__(self, *, sae: str, kme: str, peer_sae: str, peer_kme: str, capacity: int) -> None:
@@ -84,6 +95,14 @@ def in_process_pair(
     """Two sources that share 256-bit keys made by the operating system.
 
     ``capacity`` bounds, in each direction, the keys drawn and not yet fetched.
+
+    Args:
+        alice_sae: the SAE ID of the first end.
+        bob_sae: the SAE ID of the second end.
+        kmes: the KME IDs of the two ends.
+
+    Raises:
+        ConfigError: the two ends have the same ID, or ``capacity`` is below 1.
     """
     if alice_sae == bob_sae or kmes[0] == kmes[1]:
         raise ConfigError("the two ends of a pair need different SAE IDs and KME IDs")

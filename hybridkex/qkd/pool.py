@@ -22,7 +22,17 @@ __all__ = ["FilePool", "PoolNames"]
 
 @dataclass(frozen=True, kw_only=True)
 class PoolNames:
-    """The SAEs and KMEs whose keys a pool holds."""
+    """The SAEs and KMEs whose keys a pool holds.
+
+    Args:
+        sae: our SAE ID.
+        kme: the ID of our KME.
+        peer_sae: the peer's SAE ID.
+        peer_kme: the ID of the peer's KME.
+
+    Raises:
+        ConfigError: an ID is empty, or both SAEs are the same.
+    """
 
     sae: str
     kme: str
@@ -64,6 +74,10 @@ class FilePool:
 
     A key is durably marked as used before it is returned: after a crash it is not returned again.
     One process at a time may use a file.
+
+    Args:
+        store: the open file.
+        names: the SAEs and KMEs of its keys.
     """
 
     def __init__(self, store: SqliteKeyStore, names: PoolNames) -> None:
@@ -73,7 +87,8 @@ class FilePool:
     @classmethod
     @checked
     def open(cls, path: Path, *, key_file: Path, names: PoolNames | None = None) -> "FilePool":
-        """Open a pool, or create one for ``names`` if there is no file. Blocks briefly.
+        """Open the pool at ``path``, or create one for ``names`` if there is no file. Blocks
+        briefly.
 
         Raises ``ConfigError`` for a missing, foreign or damaged file and for a wrong key file.
         """
@@ -114,7 +129,11 @@ class FilePool:
         await self._store.aclose()
 
     async def add(self, keys: Sequence[QkdKey]) -> None:
-        """Put keys of a key source into the pool: those we drew and those we looked up."""
+        """Put keys of a key source into the pool: those we drew and those we looked up.
+
+        Raises:
+            ConfigError: a key is of other SAEs, or combined.
+        """
         mine = [k for k in keys if k.master_sae == self.local_sae and k.slave_sae == self.peer_sae]
         theirs = [
             k for k in keys if k.master_sae == self.peer_sae and k.slave_sae == self.local_sae
@@ -131,7 +150,7 @@ class FilePool:
         )
 
     async def never_here(self, key_ids: Sequence[str]) -> list[str]:
-        """Return those of these IDs whose keys were never put into the pool."""
+        """Return those of ``key_ids`` whose keys were never put into the pool."""
         return await self._store.never_here(self._names.peer_kme, list(dict.fromkeys(key_ids)))
 
     async def get_key(self) -> QkdKey:

@@ -17,7 +17,11 @@ LOG: Final = get_logger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class PrefetchConfig:
-    """The number of keys that are kept in stock, and their age."""
+    """The number of keys that are kept in stock, and their age.
+
+    Raises:
+        ConfigError: a number is not positive, or ``low`` is above ``high``.
+    """
 
     low: int = 2
     """Low watermark: the stock is refilled below this."""
@@ -45,6 +49,13 @@ class PrefetchSource:
     The master's side draws ahead. The slave's side can look keys up ahead once it has been told
     their names (:meth:`upcoming` at the master, :meth:`expect` at the slave); telling is up to the
     caller, for example over a session that is already there.
+
+    Args:
+        source: gives the keys.
+        config: see :class:`PrefetchConfig`.
+
+    Raises:
+        ConfigError: ``source`` is not a key source.
     """
 
     @checked
@@ -98,7 +109,7 @@ class PrefetchSource:
         return tuple(key.name for _, key in self._ready)
 
     async def expect(self, name: KeyReference) -> None:
-        """Look a key up ahead of the :meth:`get_key_with_id` that will ask for it.
+        """Look the key of ``name`` up ahead of the :meth:`get_key_with_id` that will ask for it.
 
         Raises what ``get`` raises, and ``KeySourceExhausted`` when ``high`` keys are held already.
         """

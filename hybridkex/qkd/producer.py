@@ -32,6 +32,7 @@ class ProducedKey:
     key_id: str
     """A UUID in the form of RFC 9562 section 4, in lower case."""
     key: Secret
+    """The same bytes at both ends."""
 
 
 class KeyProducer(Protocol):
@@ -62,6 +63,12 @@ class RandomProducer:
 
     Such keys reach the peer KME by value when they are allotted (see ``docs/kme.md``): a trusted
     relay, not QKD.
+
+    Args:
+        key_bits: bits of each key, a multiple of 8.
+
+    Raises:
+        ConfigError: ``key_bits`` is no such number.
     """
 
     key_bits: int = 256
@@ -79,7 +86,14 @@ class RandomProducer:
 
 
 class RandomEnd:
-    """One end of a random link within one process; see :func:`random_link`."""
+    """One end of a random link within one process; see :func:`random_link`.
+
+    Args:
+        key_bits: bits of each key, a multiple of 8.
+
+    Raises:
+        ConfigError: ``key_bits`` is no such number.
+    """
 
     @checked
     def __init__(self, key_bits: int) -> None:
@@ -109,7 +123,14 @@ class RandomEnd:
 
 
 def random_link(key_bits: int = 256) -> tuple[RandomEnd, RandomEnd]:
-    """The two ends of a link between two KMEs of one process, fed by the operating system."""
+    """The two ends of a link between two KMEs of one process, fed by the operating system.
+
+    Args:
+        key_bits: bits of each key, a multiple of 8.
+
+    Raises:
+        ConfigError: ``key_bits`` is no such number.
+    """
     alice, bob = RandomEnd(key_bits), RandomEnd(key_bits)
     alice._join(bob)
     bob._join(alice)

@@ -45,7 +45,9 @@ class KeyPart:
     """The name of one key of one link: its ID and the two KMEs that hold it."""
 
     master_kme: str
+    """The KME of the SAE that drew the key."""
     slave_kme: str
+    """The KME of the other SAE."""
     key_id: str
     """The ID in the form of :func:`canonical_key_id`."""
 
@@ -60,9 +62,13 @@ class QkdKey:
     """A key that two SAEs share and that is not delivered again."""
 
     name: KeyReference
+    """One part for each link; several for a combined key."""
     master_sae: str
+    """The SAE that drew the key."""
     slave_sae: str
+    """The SAE that looks the key up."""
     key: Secret
+    """Its length in bits is a multiple of 8."""
 
     @property
     def key_ids(self) -> tuple[str, ...]:

@@ -75,6 +75,9 @@ class QkdLimits:
             separately and wait for their turn.
         burst: the number of look-ups for one peer that may be made at once.
         remembered: the maximum number of keys to remember; a remembered key is not used again.
+
+    Raises:
+        ConfigError: a limit is not positive, or ``retries`` is negative.
     """
 
     timeout: float = 5.0
@@ -150,6 +153,9 @@ class QkdPskSource:
     Args:
         peers: a :class:`~hybridkex.qkd.source.KeySource` each, or a :class:`QkdPeer`.
         limits: see :class:`QkdLimits`.
+
+    Raises:
+        ConfigError: there is no source, or there are two for the same pair of SAEs.
     """
 
     def __init__(self, *peers: KeySource | QkdPeer, limits: QkdLimits | None = None) -> None:

@@ -151,13 +151,24 @@ class SecureDuplex:
         return self._connected.session
 
     def export(self, label: bytes, context: bytes, length: int) -> Secret:
-        """Exported keying material for an application protocol: ``length`` bytes (RFC 9846 section
-        7.5)."""
+        """Exported keying material for an application protocol (RFC 9846 section 7.5).
+
+        Args:
+            label: the label of the application protocol, 1 to 249 bytes.
+            context: the protocol's context; may be empty.
+            length: the number of bytes, 1 to 12,240 with SHA-384 and to 8,160 with SHA-256.
+
+        Raises:
+            LocalStateError: the handshake is not complete, or the connection was closed.
+            ConfigError: ``label`` or ``length`` is out of range.
+        """
         return self._connected.export(label, context, length)
 
     def export_fresh(self, label: bytes, context: bytes, length: int) -> Secret:
         """Like :meth:`export`, from the current epoch's exporter secret, which each key update
         replaces (draft-ietf-tls-extended-key-update-13 section 10).
+
+        ``label``, ``context`` and ``length`` are those of :meth:`export`.
 
         Raises:
             LocalStateError: Extended Key Update was not negotiated.

@@ -16,6 +16,15 @@ class SecureListener(Listener[SecureStream[T]], Generic[T]):
 
     The handshake does not run here: it runs at the first send or receive, in the task that handles
     the connection, so that a slow peer does not block others.
+
+    Args:
+        transport_listener: accepts the streams that carry the records.
+        config: identities, verifier and policy.
+        https_compatible: see :class:`SecureStream`.
+        handshake_timeout: seconds for the handshake; ``math.inf`` for no limit.
+
+    Raises:
+        ConfigError: ``config`` is not a ``ServerConfig``.
     """
 
     def __init__(

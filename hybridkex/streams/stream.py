@@ -36,6 +36,10 @@ class SecureStream(SecureDuplex, HalfCloseableStream, Generic[T]):
 
     Errors are those of ``trio.SSLStream``: :exc:`trio.BrokenResourceError`, whose ``__cause__`` is
     the reason, an error of :mod:`hybridkex.errors`.
+
+    Raises:
+        ConfigError: ``transport_stream`` is not a trio stream, or ``config`` is not a
+            configuration.
     """
 
     _lib: ClassVar = trio

@@ -31,7 +31,18 @@ async def open_secure_tcp_stream(
     handshake_timeout: float = DEFAULT_HANDSHAKE_TIMEOUT,
     happy_eyeballs_delay: float | None = 0.25,
 ) -> SecureStream[trio.SocketStream]:
-    """Connect to ``host``; the handshake runs at the first send or receive, or by ``do_handshake``.
+    """Connect over TCP; the handshake runs at the first send or receive, or by ``do_handshake``.
+
+    Args:
+        host: host name or IP address.
+        port: TCP port.
+        config: verifier, PSKs and policy.
+        server_hostname: the name that the server's certificate must be valid for; ``host`` by
+            default.
+        https_compatible: see :class:`SecureStream`.
+        handshake_timeout: seconds for the handshake; ``math.inf`` for no limit.
+        happy_eyeballs_delay: seconds before the next address of the host is tried too; ``None`` for
+            0.25.
 
     Raises:
         OSError: the connection failed.
@@ -62,7 +73,15 @@ async def open_secure_tcp_listeners(
     backlog: int | None = None,
     handshake_timeout: float = DEFAULT_HANDSHAKE_TIMEOUT,
 ) -> list[SecureListener[trio.SocketStream]]:
-    """Listen on ``port`` (0 picks one) of ``host``, or of all interfaces.
+    """Listen for connections; their handshakes have not run yet when they are accepted.
+
+    Args:
+        port: TCP port; 0 picks a free one.
+        config: identities, verifier and policy.
+        host: address to listen on; ``None`` for all interfaces.
+        https_compatible: see :class:`SecureStream`.
+        backlog: length of the kernel's accept queue; ``None`` for the longest.
+        handshake_timeout: seconds for the handshake; ``math.inf`` for no limit.
 
     Raises:
         OSError: cannot listen there.

@@ -126,7 +126,14 @@ and a binder of SHA-384."""
 
 @dataclass(frozen=True, kw_only=True)
 class PadToMultiple:
-    """Pads the content of every record to a multiple of ``size`` bytes (RFC 9846 section 5.4)."""
+    """Pads the content of every record to a multiple of ``size`` bytes (RFC 9846 section 5.4).
+
+    Args:
+        size: 1 to 16,384 bytes.
+
+    Raises:
+        ConfigError: ``size`` is no integer in this range.
+    """
 
     size: int
 
@@ -421,7 +428,7 @@ class _Config:
         return parts
 
     def once(self, make: Callable[[Self], R]) -> R:
-        """The result of a function of this frozen configuration, which is called only once."""
+        """The result of ``make`` for this frozen configuration; it is called only once."""
         if make not in self._made_once:
             self._made_once[make] = make(self)
         made: R = self._made_once[make]
@@ -467,6 +474,9 @@ class ClientConfig(_Config):
             share, or these groups themselves.
         ticket_store: stores tickets; ``None`` offers no resumption.
         compatibility_mode: look like TLS 1.2 to middleboxes (RFC 9846 appendix E.4).
+
+    Raises:
+        ConfigError: a field has the wrong type, or fields contradict each other.
     """
 
     verifier: AnyServerVerifier | None = None
@@ -562,6 +572,9 @@ class ServerConfig(_Config):
         cookies: protects the cookie of HelloRetryRequest; servers that share its key can continue
             each other's handshakes.
         require_known_name: refuse a client whose server name matches no identity.
+
+    Raises:
+        ConfigError: a field has the wrong type, or fields contradict each other.
     """
 
     identities: tuple[Identity | RawIdentity, ...] = ()

@@ -563,6 +563,10 @@ class ClientConnection(Connection):
     Args:
         config: the client's configuration.
         server_hostname: a DNS name or an IP address that the certificate must be valid for.
+
+    Raises:
+        ConfigError: ``config`` is not a ``ClientConfig``, or the name is not a host name or an
+            address.
     """
 
     _first = client.START
@@ -576,7 +580,11 @@ class ClientConnection(Connection):
         )
 
     def start(self) -> None:
-        """Queue the ClientHello."""
+        """Queue the ClientHello.
+
+        Raises:
+            LocalStateError: it was started before, or has ended.
+        """
         self._check_alive()
         if self._state is not None:
             raise LocalStateError("the handshake was started before")
@@ -588,7 +596,14 @@ class ClientConnection(Connection):
 
 
 class ServerConnection(Connection):
-    """The server's side; it begins by waiting for the ClientHello."""
+    """The server's side; it begins by waiting for the ClientHello.
+
+    Args:
+        config: the server's configuration.
+
+    Raises:
+        ConfigError: ``config`` is not a ``ServerConfig``.
+    """
 
     _first = server.START
 

@@ -31,6 +31,9 @@ class UpdateKey:
         psk: the key, with the context that binds it to the update.
         key_ids: the key IDs that the session reports.
         sources: the two KMEs of each key ID.
+
+    Raises:
+        ConfigError: ``psk`` has no context.
     """
 
     psk: ExternalPsk

@@ -46,6 +46,7 @@ class HandshakeCompleted:
     """The session has been accepted; application data may be sent and received."""
 
     session: Session
+    """What was negotiated, and who the peer is."""
 
 
 @value
@@ -66,6 +67,7 @@ class ApplicationData:
     """Data from the peer, in order; never empty."""
 
     data: bytes
+    """The bytes."""
 
 
 @value
@@ -74,6 +76,7 @@ class TicketReceived:
     disk."""
 
     ticket: SessionTicket
+    """For the ticket store of the next connection."""
 
 
 @value
@@ -81,6 +84,7 @@ class KeyUpdated:
     """The peer changed to its next key."""
 
     generation: int
+    """The number of key updates in the peer's direction so far."""
 
 
 @value
@@ -123,6 +127,7 @@ class EpochBegan:
     """A key update is complete; :attr:`~hybridkex.Session.epochs` has it too."""
 
     epoch: Epoch
+    """What the update has changed."""
 
 
 @value

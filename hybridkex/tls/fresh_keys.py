@@ -32,10 +32,17 @@ class UpdateKeySource(Protocol):
         """The key that the peer named in its request by an encoded ``ImportedIdentity``.
 
         Raises :class:`~hybridkex.errors.KeySourceError`.
+
+        Args:
+            identity: the encoded ``ImportedIdentity`` of the request.
+            session: the session of the update.
+            client: whether we are the client of the session.
+            epoch: the number of the epoch that the update begins.
         """
 
     async def stock_for_updates(self, session: Session) -> int | None:
-        """The number of keys that can be drawn for this peer; ``None`` if it is not known.
+        """The number of keys that can be drawn for the peer of ``session``; ``None`` if it is not
+        known.
 
         Raises :class:`~hybridkex.errors.KeySourceError`.
         """
@@ -55,6 +62,9 @@ class FreshKeys:
             many sessions do not query a KME at the same time.
         low_stock: if fewer QKD keys than this are in stock, ``every`` is increased in proportion.
         stretch: the maximum factor by which ``every`` is increased.
+
+    Raises:
+        ConfigError: a field has the wrong type or is out of range.
     """
 
     every: float = 60.0

@@ -21,20 +21,21 @@ class PadSource(Protocol):
     one-time pads (``docs/one-time-pad.md``). The shell calls it; the engine never does."""
 
     async def draw_for_pad(self, session: Session) -> tuple[bytes, Secret]:
-        """Draw a new key for our sending direction: its ``QkdIdentity``, and the key.
+        """Draw a new key for our sending direction of ``session``: its ``QkdIdentity``, and the
+        key.
 
         Raises :class:`~hybridkex.errors.KeySourceError`.
         """
 
     async def look_up_for_pad(self, identity: bytes, session: Session) -> Secret:
-        """The key that the peer requested and named; it is delivered once. The shell sets a time
-        limit.
+        """The key that the peer of ``session`` requested and named by its ``QkdIdentity``,
+        ``identity``; it is delivered once. The shell sets a time limit.
 
         Raises :class:`~hybridkex.errors.KeySourceError`.
         """
 
     async def stock_for_pads(self, session: Session) -> int | None:
-        """Bytes of key that can be drawn for this peer; ``None`` if it is not known.
+        """Bytes of key that can be drawn for the peer of ``session``; ``None`` if it is not known.
 
         Raises :class:`~hybridkex.errors.KeySourceError`.
         """
@@ -49,6 +50,9 @@ class OneTimePad:
             once we have begun to send. Unused pad is discarded at the end of the session.
         deadline: seconds that data waits for a QKD key, at the sender and at the receiver. Then the
             session ends.
+
+    Raises:
+        ConfigError: a field has the wrong type or is out of range.
     """
 
     hold: int = 1024

@@ -38,22 +38,28 @@ class Session:
     """The properties of a connection: where its keys come from, and who the peer is."""
 
     cipher_suite: str
+    """Its name, for example ``TLS_AES_256_GCM_SHA384``."""
     group: str
+    """The name of the key exchange."""
     parts: tuple[str, ...]
     """The component key exchanges of the group, in the order of its key share."""
     post_quantum: bool
     """Whether a component is post-quantum."""
     authenticated_by: AuthenticatedBy
+    """What authenticated the server."""
     signature_scheme: str | None
     """The scheme of the server's signature; ``None`` if it made none (PSK, resumption)."""
     psk_identity: bytes | None
     """The external PSK in the key schedule: of this handshake or of the one that it resumes."""
     resumed: bool
+    """Whether a ticket resumed an earlier session."""
     began_at: float
     """The time of the full handshake, in seconds since the epoch; a resumed session has the time of
     the full handshake at the start of its chain of resumptions."""
     alpn: str | None
+    """The application protocol; ``None`` if none was negotiated."""
     server_name: str | None
+    """The name that the client asked for; ``None`` if it asked for none."""
     peer_credential: Presented | None
     """The peer's certificate or raw public key; a resumed session has that of the full
     handshake."""
@@ -80,6 +86,7 @@ class Session:
     """The peer's values of the extensions that the configuration adds: at a client the server's
     answers, at a server the client's offers that it answered."""
     version: str = "TLS 1.3"
+    """The version of TLS."""
     key_updates: KeyUpdates = KeyUpdates.STANDARD
     """The negotiated kind of key updates during the session."""
     one_time_pad: bool = False
@@ -267,6 +274,11 @@ class FlushableTicketStore(Protocol):
 class MemoryTicketStore:
     """Tickets in memory: the newest few per server, for the servers used most recently.
 
+    Args:
+        max_servers: the number of servers, 1 or more; those used longest ago are forgotten.
+        tickets_per_server: the number of tickets for each server, 1 or more.
+        clock: seconds since the epoch.
+
     Raises:
         ConfigError: a field has the wrong type, or a number is below 1.
     """
@@ -285,7 +297,7 @@ class MemoryTicketStore:
             raise ConfigError("max_servers and tickets_per_server must be 1 or more")
 
     def put(self, server: str, ticket: SessionTicket) -> None:
-        """Store a ticket; the oldest ones are discarded if there are too many."""
+        """Store a ticket for ``server``; the oldest ones are discarded if there are too many."""
         kept = [*self._tickets.pop(server, []), ticket]
         self._tickets[server] = kept[-self.tickets_per_server :]
         if len(self._tickets) > self.max_servers:
@@ -293,7 +305,7 @@ class MemoryTicketStore:
                 self._tickets.pop(oldest, None)
 
     def take(self, server: str, binding: bytes | None = None) -> SessionTicket | None:
-        """Remove and return the newest usable ticket with this binding."""
+        """Remove and return the newest usable ticket of ``server`` with this binding."""
         now = self.clock()
         kept = [ticket for ticket in self._tickets.pop(server, []) if ticket.usable(now)]
         fitting = [

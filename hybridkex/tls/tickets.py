@@ -261,6 +261,9 @@ class CookieProtector:
         lifetime: validity of a cookie in seconds.
         clock: seconds since the epoch.
         entropy: returns the given number of random bytes, for the key and nonces.
+
+    Raises:
+        ConfigError: an argument has the wrong type, or ``key`` another length.
     """
 
     @checked

@@ -79,11 +79,13 @@ class ApplicationExtension(Extension):
 
     @classmethod
     def read_answer(cls, reader: Reader) -> Extension:
-        """Parse the body of the server's answer; the same form as the offer's by default."""
+        """Parse the body of the server's answer from ``reader``; the same form as the offer's by
+        default."""
         return cls.read(reader)
 
     def answer(self, offered: Self) -> Extension | None:
-        """At a server: the answer to a client's offer, or ``None`` to leave it unanswered.
+        """At a server: the answer to ``offered``, a client's offer, or ``None`` to leave it
+        unanswered.
 
         Raises:
             PeerError: the offer is not acceptable; the handshake ends with the error's alert.

@@ -46,16 +46,24 @@ LOG: Final = get_logger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class KmeAccess:
-    """The settings by which an SAE reaches its KME. Files are PEM."""
+    """The settings by which an SAE reaches its KME. Files are PEM.
+
+    Raises:
+        ConfigError: the URL is not valid, or a limit is out of range.
+    """
 
     url: str
     """``https://host:port``, without a path."""
     ca: Path
+    """The authorities that may sign the KME's certificate."""
     certificate: Path
+    """Our certificate; it shows the KME our SAE ID."""
     key: Path
+    """The private key of our certificate."""
     kme_id: str | None = None
     """The ID that the KME's certificate must have; ``None``: any, if there is one."""
     kme_id_rule: IdRule = IdRule.COMMON_NAME
+    """Which field of the KME's certificate is its ID."""
     tls: str = "stdlib"
     """``stdlib``, or ``hybridkex`` for a handshake that is post-quantum too."""
     timeout: float = 5.0
@@ -98,8 +106,8 @@ _BY_STATUS_OF_A_KEY: Final[dict[int, type[KeySourceError]]] = {
 
 
 def classify(status: int, message: str, *, looking_up: bool) -> KeySourceError:
-    """The typed error for an answer other than 200, including those of KMEs that deviate from the
-    standard.
+    """The typed error for a ``status`` other than 200, including those of KMEs that deviate from
+    the standard.
 
     ``looking_up``: the request named keys (dec_keys). The standard has only 400, 401 and 503, and
     one message for all missing keys; deployed KMEs use other statuses and messages, too.
@@ -181,7 +189,11 @@ class KmeClient:
             raise KeySourceUnavailable(f"the KME is {found}, not {self._kme_id}")
 
     async def status(self, slave_sae: str) -> models.Status:
-        """Get status (clause 5.1)."""
+        """Get status for the peer ``slave_sae`` (clause 5.1).
+
+        Raises:
+            KeySourceError: the KME did not answer, refused, or its answer is malformed.
+        """
         body = await self._call(slave_sae, "status")
         try:
             status = models.Status.from_json(body)
@@ -199,7 +211,8 @@ class KmeClient:
     async def enc_keys(
         self, slave_sae: str, request: models.KeyRequest | None = None
     ) -> models.KeyContainer:
-        """Get key (clause 5.2): new keys, ``request.size`` bits each, with us as master.
+        """Get key (clause 5.2): new keys, ``request.size`` bits each, with us as master and
+        ``slave_sae`` as slave.
 
         Raises what :meth:`KeySource.get_key` raises. Number and length of the keys are checked.
         """
@@ -222,7 +235,12 @@ class KmeClient:
         return container
 
     async def dec_keys(self, master_sae: str, key_ids: Sequence[str]) -> models.KeyContainer:
-        """Get key with key IDs (clause 5.3), in the order of ``key_ids``."""
+        """Get key with key IDs (clause 5.3), which ``master_sae`` drew, in the order of
+        ``key_ids``.
+
+        Raises:
+            KeySourceError: what :meth:`KeySource.get_key_with_id` raises.
+        """
         content = models.KeyIds(key_ids=tuple(key_ids)).to_json()
         query = {"key_ID": key_ids[0]} if len(key_ids) == 1 and not self._post else None
         body = await self._call(master_sae, "dec_keys", query, content)
@@ -356,6 +374,16 @@ class Etsi014Source:
 
     Several sources can share a client. The KME at the peer's site is learned from the status, once.
     For a KME whose status hides it, give it as ``peer_kme``: both sites must use the same names.
+
+    Args:
+        client: the connection to our KME.
+        sae: our SAE ID.
+        peer_sae: the peer's SAE ID.
+        peer_kme: the KME at the peer's site; ``None``: as the status says.
+        key_bits: bits of each key, a multiple of 8, 128 or more.
+
+    Raises:
+        ConfigError: the IDs are empty or equal, or ``key_bits`` is out of range.
     """
 
     @checked

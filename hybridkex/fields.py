@@ -133,6 +133,7 @@ def _tuple_of(kinds: list[Kind], several: bool) -> Kind:
             lambda value: isinstance(value, tuple) and all(map(kind.fits, value)),
             f"a tuple of {_bare(kind)} objects",
             f"({kind.example},)",
+            kind.protocols,
         )
     return Kind(
         lambda value: (
@@ -154,6 +155,7 @@ def _list_of(kind: Kind, class_: type) -> Kind:
         ),
         f"a list of {_bare(kind)} objects",
         f"[{kind.example}]",
+        kind.protocols,
     )
 
 
@@ -208,10 +210,15 @@ def checked(call: Callable[P, R]) -> Callable[P, R]:
 def _check(owner: str, name: str, value: Any, kind: Kind, examples: Mapping[str, str]) -> None:
     if not kind.fits(value):
         right = examples.get(name, f"{name}={kind.example}")
-        nearest = min((_missing(value, one) for one in kind.protocols), key=len, default=[])
+        items = value if isinstance(value, list | tuple) else (value,)
+        nearest = [
+            min((_missing(item, one) for one in kind.protocols), key=len, default=[])
+            for item in items
+        ]
+        lacking = next(filter(None, map(_without, items, nearest)), "")
         raise ConfigError(
-            f"{owner}: {name} takes {kind.what}, not {described(value)}"
-            f"{_without(value, nearest)}; write, for example: {right}"
+            f"{owner}: {name} takes {kind.what}, not {described(value)}{lacking}; "
+            f"write, for example: {right}"
         )
 
 
@@ -293,9 +300,9 @@ def described(value: Any) -> str:
         return "an async one, which nothing awaits"
     if kind.__module__ == "ssl":
         return f"an ssl.{kind.__name__}, which configures another TLS library"
-    if kind is tuple:
+    if kind in (tuple, list):
         inside = ", ".join(dict.fromkeys(type(one).__name__ for one in value))
-        return f"a tuple of {inside}" if inside else "an empty tuple"
+        return f"a {kind.__name__} of {inside}" if inside else f"an empty {kind.__name__}"
     return _with_article(kind.__name__)
 
 

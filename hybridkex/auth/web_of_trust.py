@@ -41,7 +41,6 @@ _FORM: Final = re.compile(
 )
 
 
-@checked
 def endorsement(name: str, pin: str, until: date) -> bytes:
     """The text that a person signs to endorse a key.
 

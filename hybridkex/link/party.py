@@ -10,10 +10,10 @@ A block in the order of its messages::
     both count, and abort the block if the QBER or the decoys say so
     ASK  ───────────────────────────────►
                         ◄─────────────── TELL          error correction, many times
-    CORRECTED error counts, TAG ────────────────►
-    both compute the secret length from the counts and what was disclosed, and abort at zero
-                        ◄────── FINISH hash, seeds, name, TAG
-    VERDICT, TAG ───────────────────────────────►
+    CORRECTED bits disclosed, error counts, TAG ►
+    both compute the secret length from these counts, and abort at zero
+                        ◄────── FINISH numbers, hash, seeds, name, TAG
+    VERDICT, TAG ───────────────────────────────►  an abort if a hash or a number differs
     both hash their key to the secret length: first the ledger's share, the rest are keys
 
 Each party uses its own end of the quantum channel and what it received, nothing else.
@@ -23,7 +23,7 @@ party, which covers both HELLOs, confirms it; until then nothing is dropped from
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final, Generic, TypeVar
 from uuid import UUID
@@ -57,7 +57,7 @@ from hybridkex.link.physics import PairSource
 from hybridkex.link.quantum import Detections, Detector, PulseRecord, Sent
 from hybridkex.link.randomness import Randomness
 from hybridkex.link.ranges import bit_array, instance, whole, within
-from hybridkex.link.reconciliation import Correction, ReconciliationError
+from hybridkex.link.reconciliation import Correction, ReconciliationError, checked
 from hybridkex.link.settings import LinkSettings
 from hybridkex.link.statistics import binary_entropy
 from hybridkex.link.toeplitz import compress, seed_length
@@ -195,6 +195,9 @@ class _Corrected:
 
     disclosed: int
     announced: int
+    """Bob's counts, from which both compute."""
+    own: Correction
+    """The counts of this party."""
     rounds: int
     errors: tuple[int, ...] | None
     """Wrong bits of each intensity; ``None`` if this party does not know them."""
@@ -301,11 +304,24 @@ class _Party(Generic[L]):
     async def _block(self) -> Block:
         sifted = await self._sift()
         self._settings.check(sifted.counts, pulses=sifted.pulses)
-        corrected = await self._correct(sifted)
+        try:
+            corrected = await self._correct(sifted)
+        except ConfigError as error:
+            method = type(self._settings.reconciler).__name__
+            raise LinkError(f"the error correction {method} is wrong: {error}") from error
         outcome = self._bound(sifted, corrected)
-        finish, agree = await self._verify(sifted.key)
+        own = corrected.own
+        numbers = (own.disclosed, own.announced, outcome.bits, self.ledger.wanting)
+        finish, agree = await self._verify(sifted.key, numbers)
+        disclosed, announced, *_ = finish.numbers
+        if (disclosed, announced) != (corrected.disclosed, corrected.announced):
+            raise BlockAborted(
+                f"error correction: Alice counts {disclosed} bits disclosed and {announced} "
+                f"announced, Bob {corrected.disclosed} and {corrected.announced}; its method must "
+                "count the same at both ends"
+            )
         if not agree:
-            raise BlockAborted("verification: the keys differ")
+            raise BlockAborted("verification: the keys differ, or their lengths")
         return await self._amplify(sifted, corrected, outcome, finish)
 
     async def _sift(self) -> _Sifted:
@@ -322,8 +338,8 @@ class _Party(Generic[L]):
         if self._commit is not None:
             await in_thread(self._commit)
 
-    async def _verify(self, key: Bits) -> tuple[wire.Finish, bool]:
-        """Steps 8 and 9: Alice's last message, and whether the hashes of the keys agree."""
+    async def _verify(self, key: Bits, numbers: tuple[int, ...]) -> tuple[wire.Finish, bool]:
+        """Steps 8 and 9: Alice's last message, and whether its hash and numbers are Bob's."""
         raise NotImplementedError
 
     def _hello(self) -> wire.Hello:
@@ -510,10 +526,11 @@ class Alice(_Party[PulseRecord]):
         await self._channel.send(ours)
         self._begin_session(ours, wire.Hello.decode(await self._channel.receive(wire.Type.HELLO)))
 
-    async def _verify(self, key: Bits) -> tuple[wire.Finish, bool]:
+    async def _verify(self, key: Bits, numbers: tuple[int, ...]) -> tuple[wire.Finish, bool]:
         draw = self._randomness
         hash_seed = draw.bytes(wire.Finish.HASH_SEED)
         finish = wire.Finish(
+            numbers=numbers,
             hash_seed=hash_seed,
             hash=verification_hash(key, hash_seed, self._settings.verification_bits),
             name=draw.bytes(wire.Finish.NAME),
@@ -618,6 +635,8 @@ class Alice(_Party[PulseRecord]):
         responder = await in_thread(
             self._settings.reconciler.respond, sifted.key, sifted.counts.test_error_rate
         )
+        whole = all(hasattr(responder, one) for one in ("answer", "disclosed", "announced"))
+        checked("respond must return a Responder", responder, whole)
         rounds = 0
         while True:
             kind, body = await self._channel.receive_one_of(wire.Type.ASK, wire.Type.CORRECTED)
@@ -626,17 +645,19 @@ class Alice(_Party[PulseRecord]):
             if kind is wire.Type.CORRECTED:
                 break
             answer = await in_thread(responder.answer, body)
+            checked("answer must return bytes", answer, isinstance(answer, bytes))
             rounds += 1
             await self._channel.send(wire.Answer(answer))
         tells = self._settings.proof.uses_key_errors
         most = tuple(map(int, sifted.counts.key)) if tells else ()
-        errors = wire.Corrected.decode(body, most=most).errors
+        theirs = wire.Corrected.decode(body, most=most)
         await self._verify_tag()
         return _Corrected(
-            disclosed=responder.disclosed,
-            announced=responder.announced,
+            disclosed=theirs.disclosed,
+            announced=theirs.announced,
+            own=Correction(disclosed=responder.disclosed, announced=responder.announced),
             rounds=rounds,
-            errors=errors if tells else None,
+            errors=theirs.errors if tells else None,
         )
 
 
@@ -651,7 +672,7 @@ class Bob(_Party[Detector]):
         await self._channel.send(ours)  # first, so that both see what does not fit
         self._begin_session(ours, wire.Hello.decode(theirs))
 
-    async def _verify(self, key: Bits) -> tuple[wire.Finish, bool]:
+    async def _verify(self, key: Bits, numbers: tuple[int, ...]) -> tuple[wire.Finish, bool]:
         finish = wire.Finish.decode(
             await self._channel.receive(wire.Type.FINISH),
             hash_bits=self._settings.verification_bits,
@@ -659,7 +680,7 @@ class Bob(_Party[Detector]):
         )
         await self._verify_tag()
         ours = verification_hash(key, finish.hash_seed, self._settings.verification_bits)
-        agree = bool((ours == finish.hash).all())
+        agree = finish.numbers == numbers and bool((ours == finish.hash).all())
         await self._channel.send(wire.Verdict(agree=agree))
         await self._channel.send_tag()
         return finish, agree
@@ -703,16 +724,18 @@ class Bob(_Party[Detector]):
         """Send requests until the key agrees with Alice's."""
         before = self._erase_later(sifted.key.copy())
         search = self._settings.reconciler.correct(sifted.key, sifted.counts.test_error_rate)
+        checked("correct must be a generator", search, isinstance(search, Generator))
         rounds = 0
-        correction: Correction | None = None
+        result: Any = None
 
-        def step(answer: bytes | None) -> bytes | None:
-            nonlocal correction
+        def step(answer: bytes | None) -> Any:
+            nonlocal result
             try:
-                return next(search) if answer is None else search.send(answer)
+                request = next(search) if answer is None else search.send(answer)
             except StopIteration as end:
-                correction = end.value
+                result = end.value
                 return None
+            return checked("correct must yield bytes", request, isinstance(request, bytes))
 
         request = await in_thread(step, None)
         await self._committed()
@@ -720,15 +743,24 @@ class Bob(_Party[Detector]):
             rounds += 1
             await self._channel.send(wire.Request(request))
             request = await in_thread(step, await self._channel.receive(wire.Type.TELL))
-        assert correction is not None
+        fits = isinstance(result, Correction)
+        correction: Correction = checked("correct must return a Correction", result, fits)
+        bit_array("the corrected key", sifted.key)
         wrong = sifted.intensity[before != sifted.key]
         errors = tuple(map(int, np.bincount(wrong, minlength=len(sifted.counts.key))))
         tells = self._settings.proof.uses_key_errors
-        await self._channel.send(wire.Corrected(errors=errors if tells else ()))
+        await self._channel.send(
+            wire.Corrected(
+                disclosed=correction.disclosed,
+                announced=correction.announced,
+                errors=errors if tells else (),
+            )
+        )
         await self._channel.send_tag()
         return _Corrected(
             disclosed=correction.disclosed,
             announced=correction.announced,
+            own=correction,
             rounds=rounds,
             errors=errors,
         )

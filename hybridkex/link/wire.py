@@ -12,9 +12,11 @@ HELLO      both         version, role, nonce, digest of the settings, positions 
 REPORT     Bob          detections: distance from pulse to pulse, bases, the bits of the test basis
 SIFT       Alice        which detections are kept, their intensities, Alice's bits of the test basis
 ASK, TELL  Bob, Alice   error correction: a request and its answer, in the method's format
-CORRECTED  Bob          the number of wrong bits of each intensity, if the proof uses it
-FINISH     Alice        hash of the key, seeds of hash and privacy amplification, name of the block
-VERDICT    Bob          whether the hash agrees
+CORRECTED  Bob          bits that error correction disclosed; the number of wrong bits of each
+                        intensity, if the proof uses it
+FINISH     Alice        the numbers that decide the length of the keys; hash of the key, seeds of
+                        hash and privacy amplification, name of the block
+VERDICT    Bob          whether hash and numbers agree
 TAG        both         authenticates all that this side has sent since its last tag
 END        both         why this side ends the session; no tag covers it, and it has no words
 =========  ===========  ============================================================================
@@ -32,7 +34,7 @@ from hybridkex.errors import LinkAuthenticationError, LinkError, NotRandom
 from hybridkex.link.ledger import Direction, Position
 from hybridkex.link.randomness import TOO_FEW_DETECTIONS
 
-VERSION: Final = 4
+VERSION: Final = 5
 HEADER: Final = struct.Struct(">BI")
 CHUNK: Final = 1 << 20
 """Detections in one REPORT, at most."""
@@ -235,26 +237,29 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Corrected:
-    """Error correction has ended: the wrong bits that were corrected, for each intensity.
-
-    The counts are announced only if the proof uses them; there are none otherwise.
-    """
+    """Error correction has ended."""
 
     type: ClassVar[Type] = Type.CORRECTED
+    disclosed: int
+    announced: int
+    """Bits about Alice's and about Bob's key that it disclosed, as Bob counts them."""
     errors: tuple[int, ...]
+    """Wrong bits of each intensity that were corrected; none unless the proof uses them."""
 
     def encode(self) -> bytes:
-        return b"".join(count.to_bytes(8) for count in self.errors)
+        numbers = (self.disclosed, self.announced, *self.errors)
+        return b"".join(count.to_bytes(8) for count in numbers)
 
     @classmethod
     def decode(cls, body: bytes, *, most: tuple[int, ...]) -> Self:
         """``most``: the greatest possible counts; empty if none are announced."""
         reader = _Reader(body)
+        disclosed, announced = reader.number(8), reader.number(8)
         errors = tuple(reader.number(8) for _ in most)
         reader.end()
         if any(count > bound for count, bound in zip(errors, most, strict=True)):
             raise LinkError("more wrong bits than bits were reported")
-        return cls(errors=errors)
+        return cls(disclosed=disclosed, announced=announced, errors=errors)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,6 +267,9 @@ class Finish:
     """Verification, privacy amplification, and the name from which key IDs are made."""
 
     type: ClassVar[Type] = Type.FINISH
+    numbers: tuple[int, ...]
+    """What Alice computes with: bits that error correction disclosed about Alice's and about Bob's
+    key, as Alice counts them; secret bits; bytes that Alice's ledger wants."""
     hash_seed: bytes
     hash: Bits
     name: bytes
@@ -271,12 +279,14 @@ class Finish:
     NAME: ClassVar[int] = 16
 
     def encode(self) -> bytes:
-        return self.hash_seed + pack_bits(self.hash) + self.name + pack_bits(self.seed)
+        numbers = b"".join(number.to_bytes(8) for number in self.numbers)
+        return numbers + self.hash_seed + pack_bits(self.hash) + self.name + pack_bits(self.seed)
 
     @classmethod
     def decode(cls, body: bytes, *, hash_bits: int, seed_bits: int) -> Self:
         reader = _Reader(body)
         found = cls(
+            numbers=tuple(reader.number(8) for _ in range(4)),
             hash_seed=reader.take(cls.HASH_SEED),
             hash=reader.bits(hash_bits),
             name=reader.take(cls.NAME),
@@ -288,7 +298,7 @@ class Finish:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """Whether the keys agree."""
+    """Whether the keys and the numbers agree."""
 
     type: ClassVar[Type] = Type.VERDICT
     agree: bool

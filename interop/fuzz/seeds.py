@@ -218,9 +218,13 @@ def _link_messages() -> dict[str, bytes]:
         "sift": wire.Sift(kept=bits, intensity=bits[:5] * 2, bit=bits[:5]),
         "ask-pass": wire.Request(b"\x01"),
         "ask": wire.Request(b"\x00\x01\x00\x00\x00\x11\x00\x00\x00"),
-        "corrected": wire.Corrected(errors=(1, 2, 3)),
+        "corrected": wire.Corrected(disclosed=9, announced=9, errors=(1, 2, 3)),
         "finish": wire.Finish(
-            hash_seed=bytes(32), hash=np.resize(bits, 50), name=bytes(16), seed=np.resize(bits, 99)
+            numbers=(9, 9, 1000, 32),
+            hash_seed=bytes(32),
+            hash=np.resize(bits, 50),
+            name=bytes(16),
+            seed=np.resize(bits, 99),
         ),
         "verdict": wire.Verdict(agree=True),
         "end": wire.End(reason=1),

@@ -298,7 +298,7 @@ async def test_error_counts_are_announced_only_where_the_proof_uses_them() -> No
             if kind == Type.CORRECTED:
                 lengths.append(length)
             position += HEADER.size + length
-    assert lengths == [16, 0]
+    assert lengths == [32, 16]
 
 
 async def test_the_key_is_a_random_sample_of_the_key_basis() -> None:

@@ -43,6 +43,15 @@ def test_the_threat_page_names_tests() -> None:
     assert len(re.findall(r"`tests/[\w/.]+::\w+`", text)) > 40
 
 
+def test_git_ignores_the_folders_that_the_pages_have_the_reader_make() -> None:
+    """They have private keys in them."""
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    made = set(re.findall(r"^ *hybridkex (?:dev-ca|kme dev-up) ([a-z]\w*)", pages, re.MULTILINE))
+    assert {"keys", "sites"} <= made
+    ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
+    assert {f"/{folder}/" for folder in made} <= set(ignored)
+
+
 def test_every_page_is_in_the_table_of_contents() -> None:
     contents = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
     pages = {page.name for page in ROOT.glob("docs/*.md")} - {"README.md"}

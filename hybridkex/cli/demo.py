@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Final
 
 from hybridkex.cli.arguments import Action, Command, argument, option
-from hybridkex.cli.values import folder_path
+from hybridkex.cli.values import folder_path, kilometres
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,10 @@ class DemoOptions:
         "keep Eve's recording in this folder, for Wireshark", type=folder_path, metavar="DIR"
     )
     distance: float = option(
-        "length of the QKD link's fibre (default: %(default)g)", metavar="KM", default=25.0
+        "length of the QKD link's fibre (default: %(default)g)",
+        type=kilometres,
+        metavar="KM",
+        default=25.0,
     )
 
 

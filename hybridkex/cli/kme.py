@@ -11,7 +11,7 @@ from hybridkex.cli.arguments import Action, Command, argument, nested, option
 from hybridkex.cli.choices import KME_TLS_KINDS, PRODUCERS
 from hybridkex.cli.logs import log_format, log_level
 from hybridkex.cli.qkd_options import KmeOptions
-from hybridkex.cli.values import folder_path, tcp_address
+from hybridkex.cli.values import folder_path, kilometres, tcp_address
 from hybridkex.net.address import TcpAddress
 
 
@@ -90,7 +90,9 @@ class DevUpOptions:
         choices=PRODUCERS,
         default="random",
     )
-    distance: float | None = option("length of the QKD link's fibre (default: 50)", metavar="KM")
+    distance: float | None = option(
+        "length of the QKD link's fibre (default: 50)", type=kilometres, metavar="KM"
+    )
     metrics: TcpAddress | None = option(
         "serve Prometheus metrics at this HOST:PORT", type=tcp_address, metavar="ADDR"
     )

@@ -4,6 +4,7 @@ from typing import Any
 
 from hybridkex.cli.arguments import Exclusive, option
 from hybridkex.cli.choices import FINITE_KEY, LEAKS, LINK_PRESETS
+from hybridkex.cli.values import kilometres
 
 
 def preset() -> Any:
@@ -14,7 +15,7 @@ def preset() -> Any:
 def distance(group: Exclusive | None = None) -> Any:
     """``group``: the options that it cannot be given with."""
     text = "length of the fibre (default: %(default)g)"
-    return option(text, metavar="KM", default=50.0, group=group)
+    return option(text, type=kilometres, metavar="KM", default=50.0, group=group)
 
 
 def as_published() -> Any:

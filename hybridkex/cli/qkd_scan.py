@@ -6,6 +6,7 @@ from typing import Final
 
 from hybridkex.cli.arguments import Action, Command, Exclusive, option
 from hybridkex.cli.choices import SCAN_SUFFIXES
+from hybridkex.cli.values import kilometres
 
 KINDS: Final = ("rate-vs-distance", "qber", "finite-key")
 
@@ -64,7 +65,7 @@ class PlotOptions:
         "with --kind: a parameter set; may be repeated", metavar="NAME"
     )
     distance: float | None = option(
-        "with --kind qber: the greatest distance (default: 200)", metavar="KM"
+        "with --kind qber: the greatest distance (default: 200)", type=kilometres, metavar="KM"
     )
     block_bits: list[float] | None = option(
         "with --kind: a block size; may be repeated with finite-key", metavar="N"

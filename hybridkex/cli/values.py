@@ -14,6 +14,7 @@ from hybridkex.net.address import TcpAddress, parse_tcp_address
 
 EXACT: Final = 1 << 53
 """Greater whole numbers are not exact as floating-point numbers."""
+MOST_KM: Final = 1_000_000
 _UNITS: Final = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -59,6 +60,16 @@ def number(text: str) -> float:
         value = math.nan
     if math.isnan(value):
         raise argparse.ArgumentTypeError(f"a number is needed, not {_shortened(text)}")
+    return value
+
+
+def kilometres(text: str) -> float:
+    """The length of a fibre, such as ``80`` or ``2.5``."""
+    value = number(text)
+    if not 0 <= value <= MOST_KM:
+        raise argparse.ArgumentTypeError(
+            f"0 to {MOST_KM:,} km are possible, not {_shortened(text)}"
+        )
     return value
 
 

@@ -9,8 +9,6 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-import atheris
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m interop.fuzz")
@@ -23,6 +21,10 @@ def main() -> None:
         "--instrument", default=everything, help="the module whose imports' coverage is a guide"
     )
     args = parser.parse_args()
+    try:
+        import atheris  # noqa: PLC0415  # has no wheel for most Pythons
+    except ModuleNotFoundError:
+        parser.error("this needs atheris: pip install atheris")
     with atheris.instrument_imports(include=["hybridkex", "examples"]):
         import_module(args.instrument)
     from interop.fuzz import targets  # noqa: PLC0415  # not before what is instrumented

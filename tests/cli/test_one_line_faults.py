@@ -190,7 +190,6 @@ FAULTS: tuple[tuple[tuple[str, ...], str], ...] = (
         (*WG, "--listen", "0", "--psk-file", "psk", "--interval", "0"),
         "rotation interval must be positive",
     ),
-    (("demo", "text", "--distance", "-1"), "--distance must be a number of km"),
     (("dev-ca", "new", "--name", "a b"), "'a b' is not a host name"),
     (("qkd", "run", "--preset", "none"), "there are gys2005"),
     (("qkd", "run", "--block-bits", "0"), "--block-bits must be positive"),
@@ -305,6 +304,17 @@ def test_the_doctor_tells_of_a_kme_that_is_not_there(
         (("tunnel", "listen"), "--local, --target"),
         (("wg-psk",), "--interface"),
         (("demo", "--distance", "far"), "'far'"),
+        *(
+            ((*words, "--distance=-1"), "--distance: 0 to 1,000,000 km are possible, not '-1'")
+            for words in (
+                ("demo",),
+                ("kme", "dev-up", "new", "--producer", "link"),
+                ("qkd", "run"),
+                ("qkd", "record", "-o", "new"),
+                ("qkd", "plot", "--kind", "qber", "-o", "new.png"),
+            )
+        ),
+        (("qkd", "run", "--distance", "inf"), "--distance: 0 to 1,000,000 km are possible"),
         (("rndl", "--nothing"), "--nothing"),
         (("dev-ca", "new", "--alg", "dsa"), "'dsa'"),
         (("kme",), "command"),

@@ -1,6 +1,5 @@
 """``hybridkex demo``: two sites, a QKD link, a file transfer, and what Eve learns."""
 
-import math
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -22,8 +21,6 @@ def run(options: DemoOptions) -> int:
     source = Path(options.file or _largest_library()).resolve()
     if not source.is_file():
         raise ConfigError(f"cannot read {source}: there is no such file")
-    if not 0 <= options.distance < math.inf:
-        raise ConfigError("--distance must be a number of km, 0 or more")
     with end_as_interrupted(), guarded_folder("hybridkex-demo-") as folder:
         keep: Path = options.keep or folder
         with writing(keep):

@@ -251,6 +251,26 @@ def check_optional(name: str, value: Any, protocol: type) -> None:
         check_members(name, value, protocol)
 
 
+def check_result(value: Any, kind: type[R], owner: object, method: str) -> R:
+    """Return what a method of an object of the caller has returned.
+
+    Args:
+        value: the result.
+        kind: what the method returns.
+        owner: the object.
+        method: the name of the method.
+
+    Raises:
+        TypeError: it is something else, for example ``None`` of a forgotten ``return``.
+    """
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"{method} of {type(owner).__name__} returned {described(value)}; it returns "
+            f"{_with_article(kind.__name__)}"
+        )
+    return value
+
+
 def _missing(value: Any, base: type, members: Iterable[str] | None = None) -> list[str]:
     found = ((one, _fault(value, base, one)) for one in members or _members(base))
     return [one + fault for one, fault in found if fault is not None]

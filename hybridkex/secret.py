@@ -23,6 +23,9 @@ class Secret:
     __slots__ = ("_value",)
 
     def __init__(self, value: bytes | bytearray | memoryview) -> None:
+        """Raises ``TypeError`` for anything else, such as a length."""
+        if not isinstance(value, bytes | bytearray | memoryview):  # bytes(32) is 32 zeros
+            raise TypeError(f"a Secret is made of bytes, not of {type(value).__name__}")
         self._value = bytes(value)
 
     def reveal(self) -> bytes:

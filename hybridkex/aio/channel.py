@@ -349,17 +349,16 @@ class Lifecycle:
 
     def give_up(self, why: str, cause: Exception | None = None) -> None:
         """Close with the alert internal_error, for a fault on our side."""
-        error = InternalError(why)
-        if not self.engine.close_sent:  # nothing follows a close_notify (section 6.1)
-            self.engine.abort(error)
-        self.fail(error, cause)
+        self.fail(InternalError(why), cause)
 
     def fail(self, error: HybridkexError, cause: Exception | None = None) -> None:
         """Send the alert, if there is one, and close. ``connection_lost`` gets ``cause`` or a
         :exc:`SecureConnectionError`."""
         if self.failure is not None or self.state is _CLOSED:
             return
-        self.failure = cause or connection_error(self.engine.reason_of(error))
+        reason = self.engine.reason_of(error)
+        self.engine.abort(reason)
+        self.failure = cause or connection_error(reason)
         self.state = _CLOSING
         self._stop()
         self._discard()
@@ -537,9 +536,7 @@ class Handshake:
             self._advance()
 
     def _late(self) -> None:
-        error = HandshakeTimeout(f"no handshake within {self._timeout:g} seconds")
-        self._engine.abort(error)
-        self._life.fail(error)
+        self._life.fail(HandshakeTimeout(f"no handshake within {self._timeout:g} seconds"))
 
     def dismiss(self, reason: str) -> None:
         """Close the connection to make room for another one."""

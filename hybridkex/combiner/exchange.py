@@ -64,7 +64,7 @@ from hybridkex.machine import broken
 from hybridkex.net.event_loop import ask, in_thread
 from hybridkex.net.reading import EndOfStream, read_exactly
 from hybridkex.qkd.psk import identity_of, name_of
-from hybridkex.qkd.source import KeySource, QkdKey
+from hybridkex.qkd.source import KeySource, QkdKey, draw_key, is_known, look_up_key
 from hybridkex.secret import Secret
 from hybridkex.wire.codec import Reader, u16, u32, vector16, vector24, vector32
 
@@ -382,7 +382,7 @@ class _Run:
             await self._send(keys.initiator)
             return self._result(keys, verified)
 
-        qkd = await ask(config.key_source.get_key)
+        qkd = await ask(partial(draw_key, config.key_source))
         name = identity_of(qkd.name)
         with_qkd = self._keys(
             SHA256.digest(digest + name), [*legs, Leg(name="QKD", secret=qkd.key, offer=name)]
@@ -420,9 +420,9 @@ class _Run:
         # The initiator is live: now a key may be consumed.
         self.on_authenticated()
         name = name_of(identity)
-        if name is None or not config.key_source.knows(name):
+        if name is None or not is_known(config.key_source, name):
             raise IllegalParameter("the peer named a QKD key of other KMEs than ours")
-        qkd = await ask(partial(config.key_source.get_key_with_id, name))
+        qkd = await ask(partial(look_up_key, config.key_source, name))
         with_qkd = self._keys(
             SHA256.digest(digest + identity),
             [*legs, Leg(name="QKD", secret=qkd.key, offer=identity)],

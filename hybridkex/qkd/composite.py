@@ -22,7 +22,15 @@ from hybridkex.errors import (
 from hybridkex.fields import check_members, checked
 from hybridkex.net.event_loop import current_time, time_limit
 from hybridkex.net.log import BoundedLog
-from hybridkex.qkd.source import KeyReference, KeySource, QkdKey, SourceStatus
+from hybridkex.qkd.source import (
+    KeyReference,
+    KeySource,
+    QkdKey,
+    SourceStatus,
+    draw_key,
+    is_known,
+    look_up_key,
+)
 from hybridkex.secret import Secret
 from hybridkex.text import get_logger
 from hybridkex.wire.codec import vector16
@@ -76,7 +84,7 @@ class FailoverSource:
 
     async def get_key(self) -> QkdKey:
         """The first key that a source returns. Raises the last source's error if none does."""
-        return await self._first(range(len(self._sources)), lambda source: source.get_key())
+        return await self._first(range(len(self._sources)), draw_key)
 
     async def get_key_with_id(self, name: KeyReference) -> QkdKey:
         """The key of this name, from the first source that has it.
@@ -84,10 +92,10 @@ class FailoverSource:
         If none has it, raises the error that gives the most reason to retry: a key that one source
         does not know yet, or that an unreachable source may have, may still become available.
         """
-        places = [i for i, source in enumerate(self._sources) if source.knows(name)]
+        places = [i for i, source in enumerate(self._sources) if is_known(source, name)]
         if not places:
             raise KeyUnknown("no key source has these KMEs")
-        return await self._first(places, lambda source: source.get_key_with_id(name))
+        return await self._first(places, lambda source: look_up_key(source, name))
 
     async def _first(
         self, places: Iterable[int], call: Callable[[KeySource], Awaitable[QkdKey]]
@@ -119,7 +127,7 @@ class FailoverSource:
 
     def knows(self, name: KeyReference) -> bool:
         """Whether the KMEs named are those of this source. No I/O."""
-        return any(source.knows(name) for source in self._sources)
+        return any(is_known(source, name) for source in self._sources)
 
     async def status(self) -> SourceStatus:
         """The sum over the sources that answer."""
@@ -172,19 +180,19 @@ class CombinedSource:
 
     async def get_key(self) -> QkdKey:
         """Draw a key from each source and combine them. If one fails, the others' keys are lost."""
-        return self._combined([await source.get_key() for source in self._sources])
+        return self._combined([await draw_key(source) for source in self._sources])
 
     async def get_key_with_id(self, name: KeyReference) -> QkdKey:
         """Get the key that the peer drew; see :class:`~hybridkex.qkd.source.KeySource`."""
         if not self.knows(name):
             raise KeyUnknown("the name does not have one key of each source, in order")
         pairs = zip(self._sources, name, strict=True)
-        return self._combined([await source.get_key_with_id((part,)) for source, part in pairs])
+        return self._combined([await look_up_key(source, (part,)) for source, part in pairs])
 
     def knows(self, name: KeyReference) -> bool:
         """Whether the KMEs named are those of this source. No I/O."""
         return len(name) == len(self._sources) and all(
-            source.knows((part,)) for source, part in zip(self._sources, name, strict=True)
+            is_known(source, (part,)) for source, part in zip(self._sources, name, strict=True)
         )
 
     async def status(self) -> SourceStatus:

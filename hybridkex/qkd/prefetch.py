@@ -2,12 +2,21 @@
 
 from collections import OrderedDict, deque
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from hybridkex.errors import ConfigError, KeySourceError, KeySourceExhausted
 from hybridkex.fields import check_fields, checked
 from hybridkex.net.event_loop import Event, ask, checkpoint_if_cancelled, current_time, sleep
-from hybridkex.qkd.source import KeyReference, KeySource, QkdKey, SourceStatus
+from hybridkex.qkd.source import (
+    KeyReference,
+    KeySource,
+    QkdKey,
+    SourceStatus,
+    draw_key,
+    is_known,
+    look_up_key,
+)
 from hybridkex.text import get_logger
 
 __all__ = ["PrefetchConfig", "PrefetchSource"]
@@ -78,7 +87,7 @@ class PrefetchSource:
             await checkpoint_if_cancelled()
             return key
         self._wake()
-        return await self._source.get_key()
+        return await draw_key(self._source)
 
     async def get_key_with_id(self, name: KeyReference) -> QkdKey:
         """Get the key that the peer drew; see :class:`~hybridkex.qkd.source.KeySource`."""
@@ -87,11 +96,11 @@ class PrefetchSource:
         if held is not None:
             await checkpoint_if_cancelled()
             return held[1]
-        return await self._source.get_key_with_id(name)
+        return await look_up_key(self._source, name)
 
     def knows(self, name: KeyReference) -> bool:
         """Whether the KMEs named are those of this source. No I/O."""
-        return self._source.knows(name)
+        return is_known(self._source, name)
 
     async def status(self) -> SourceStatus:
         """The source's stock plus ours."""
@@ -118,7 +127,7 @@ class PrefetchSource:
             return
         if len(self._expected) >= self._config.high:
             raise KeySourceExhausted(f"{self._config.high} keys are prefetched already")
-        key = await self._source.get_key_with_id(name)
+        key = await look_up_key(self._source, name)
         self._expected[name] = (current_time() + self._config.ttl, key)
 
     async def fill(self) -> None:
@@ -130,7 +139,7 @@ class PrefetchSource:
             self._drop_old()
             try:
                 while len(self._ready) < self._config.high:
-                    key = await ask(self._source.get_key)
+                    key = await ask(partial(draw_key, self._source))
                     self._ready.append((current_time() + self._config.ttl, key))
                     wait = self._config.retry_after
             except KeySourceError as error:

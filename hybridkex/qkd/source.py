@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol, TypeAlias, runtime_checkable
 
 from hybridkex.errors import KeyUnknown
-from hybridkex.fields import checked
+from hybridkex.fields import check_result, checked
 from hybridkex.secret import Secret
 from hybridkex.text import printable
 
@@ -129,6 +129,29 @@ class KeySource(Protocol):
 
     async def status(self) -> SourceStatus:
         """The current stock."""
+
+
+async def draw_key(source: KeySource) -> QkdKey:
+    """A new key. The source may be an application's, so its result is checked.
+
+    Raises ``TypeError`` if it is no key.
+    """
+    return check_result(await source.get_key(), QkdKey, source, "get_key")
+
+
+async def look_up_key(source: KeySource, name: KeyReference) -> QkdKey:
+    """The key of this name. Raises ``TypeError`` if the result of the source is another one."""
+    method = "get_key_with_id"
+    key = check_result(await source.get_key_with_id(name), QkdKey, source, method)
+    if key.name != name:
+        raise TypeError(f"{method} of {type(source).__name__} returned a key of another name")
+    return key
+
+
+def is_known(source: KeySource, name: KeyReference) -> bool:
+    """Whether the name is for this source. Raises ``TypeError`` if its answer is no ``bool``, such
+    as a coroutine, which is always true."""
+    return check_result(source.knows(name), bool, source, "knows")
 
 
 def single(name: KeyReference, *, master_kme: str | None, slave_kme: str | None) -> str:

@@ -10,10 +10,9 @@ from hybridkex.errors import (
     KeyExpired,
     KeySourceError,
     KeyUnknown,
-    PeerError,
     UnknownPskIdentity,
 )
-from hybridkex.fields import described
+from hybridkex.fields import check_result
 from hybridkex.net.event_loop import in_thread
 from hybridkex.tls.config import ClientConfig, PskSource, ServerConfig
 from hybridkex.tls.connection import ClientConnection, ServerConnection
@@ -78,7 +77,11 @@ class Answers:
         if self._refresh is not None:
             await in_thread(self._refresh, abandon=True)
         self.begin_at_once()
-        await self.keep_tickets()
+        try:
+            await self.keep_tickets()
+        except BaseException:
+            self._connection.release()  # the ClientHello is not sent: its ticket is still stored
+            raise
 
     def begin_at_once(self) -> None:
         """Start the handshake if :attr:`waits_to_begin` is false."""
@@ -92,42 +95,34 @@ class Answers:
         return event.peer is not None and event.peer.remember is not None
 
     async def give(self, event: PskWanted | SessionProposed) -> None:
-        """Answer a request.
+        """Answer a request. After any exception, the caller ends the engine with ``abort``.
 
         Raises:
-            PeerError: the session is refused; the alert is in the engine's ``data_to_send``.
-            KeySourceError: the policy requires a PSK and the source has none; the alert is there,
-                too.
+            PeerError: the session is refused.
+            KeySourceError: the policy requires a PSK and the source has none; the alert is in the
+                engine's ``data_to_send``.
         """
         if isinstance(event, PskWanted):
             source = self._psk_source
             psk = await self._psk(source, event) if source is not None else None
             self._connection.provide_psk(psk)
         else:
-            try:
-                session = self._authorized(event)
-                if event.peer is not None and event.peer.remember is not None:
-                    await in_thread(event.peer.remember, abandon=True)  # it writes a file
-            except PeerError as error:
-                self._connection.abort(error)
-                raise
+            session = self._authorized(event)
+            if event.peer is not None and event.peer.remember is not None:
+                await in_thread(event.peer.remember, abandon=True)  # it writes a file
             self._connection.accept(session)
 
     def give_at_once(self, event: SessionProposed) -> None:
         """Answer a request for which :meth:`waits` is false. Raises as :meth:`give` does."""
-        try:
-            session = self._authorized(event)
-        except PeerError as error:
-            self._connection.abort(error)
-            raise
-        self._connection.accept(session)
+        self._connection.accept(self._authorized(event))
 
     async def _psk(self, source: PskSource, event: PskWanted) -> ExternalPsk | None:
         """A PSK of the source; without one the policy decides."""
         try:
             if isinstance(self._connection, ClientConnection):
-                return await source.offer()
-            return await source.look_up(event.identities)
+                return check_result(await source.offer(), ExternalPsk, source, "offer")
+            found = await source.look_up(event.identities)
+            return check_result(found, ExternalPsk, source, "look_up")
         except KeySourceError as error:
             if self._psk_required:
                 unknown = isinstance(error, KeyUnknown | KeyConsumed | KeyExpired)
@@ -141,9 +136,5 @@ class Answers:
         if self._psk_source is None:
             return proposed.session
         session = self._psk_source.authorize(proposed.session, self._psk_missing)
-        if type(session) is not Session:  # the engine takes None for the one that it proposed
-            raise TypeError(
-                f"authorize of {type(self._psk_source).__name__} returned {described(session)}; it "
-                "returns the session, or raises a PeerError to refuse the peer"
-            )
-        return session
+        # The engine takes None for the session that it proposed.
+        return check_result(session, Session, self._psk_source, "authorize")

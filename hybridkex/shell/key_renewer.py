@@ -217,8 +217,7 @@ class KeyRenewer:
         await self._end(InternalError("the renewal of the keys was cancelled"))
 
     async def _end(self, error: PeerError) -> None:
-        if not self._connection.close_sent:  # nothing may follow a close_notify (section 6.1)
-            self._connection.abort(error)
+        self._connection.abort(error)
         with suppress(*self._gone):
             await self._fail(error)
 

@@ -40,7 +40,16 @@ from hybridkex.qkd.psk import (
     name_of,
     update_context_of,
 )
-from hybridkex.qkd.source import KeyPart, KeyReference, KeySource, QkdKey, SourceStatus
+from hybridkex.qkd.source import (
+    KeyPart,
+    KeyReference,
+    KeySource,
+    QkdKey,
+    SourceStatus,
+    draw_key,
+    is_known,
+    look_up_key,
+)
 from hybridkex.reasons import Reason
 from hybridkex.secret import Secret
 from hybridkex.text import get_logger
@@ -241,7 +250,7 @@ class QkdPskSource:
             by_client=not client,
             epoch=epoch,
         )
-        if imported.context != expected or not source.knows(name):
+        if imported.context != expected or not is_known(source, name):
             raise KeyUnknown(
                 "the key update of the peer names a QKD key that is not for this session"
             )
@@ -302,7 +311,7 @@ class QkdPskSource:
             KeySourceError: it is not one of our keys for this session, or is no longer available.
         """
         peer, name = self._peer_of(session), name_of(identity)
-        if name is None or not peer.source.knows(name):
+        if name is None or not is_known(peer.source, name):
             raise KeyUnknown("the key is not for this session")
         if len(name) != 1:
             raise KeyUnauthorized(_COMBINED)
@@ -356,7 +365,7 @@ class QkdPskSource:
         for peer in self._peers:
             source = peer.source
             expected = context_of(name, master_sae=source.peer_sae, slave_sae=source.local_sae)
-            if imported.context == expected and source.knows(name):
+            if imported.context == expected and is_known(source, name):
                 return peer, name
         return None
 
@@ -382,7 +391,7 @@ class QkdPskSource:
         Raises:
             KeySourceError: the source returned no key, or one that was used before.
         """
-        key = await self._ask(peer.source.get_key)
+        key = await self._ask(lambda: draw_key(peer.source))
         if any(part in self._asked for part in key.name):
             self.counters.failed += 1
             raise KeySourceUnavailable(
@@ -412,11 +421,11 @@ class QkdPskSource:
         wait = self._limits.retry_after
         for _ in range(self._limits.retries):
             try:
-                return await source.get_key_with_id(name)
+                return await look_up_key(source, name)
             except KeyNotYetAvailable:
                 await sleep(wait)
                 wait *= 2
-        return await source.get_key_with_id(name)
+        return await look_up_key(source, name)
 
     def _silent(self) -> KeySourceUnavailable:
         return KeySourceUnavailable(

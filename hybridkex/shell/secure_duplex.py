@@ -28,7 +28,6 @@ from hybridkex.errors import (
     HandshakeTimeout,
     HybridkexError,
     InternalError,
-    KeySourceError,
     PeerError,
     TruncationError,
 )
@@ -211,11 +210,10 @@ class SecureDuplex:
                 self._handshaking = scope
                 await self._run_handshake()
             if not self._complete and scope.cancelled_caught:
-                error = HandshakeTimeout(
-                    f"the handshake did not complete within {self._handshake_timeout:g} seconds"
+                seconds = f"{self._handshake_timeout:g} seconds"
+                await self._fail(
+                    HandshakeTimeout(f"the handshake did not complete within {seconds}")
                 )
-                self._connection.abort(error)
-                await self._fail(error)
         finally:
             self._handshaking = None
             if not self._complete and self._failure is None:
@@ -365,10 +363,8 @@ class SecureDuplex:
     async def _wait_for_key(self, pads: PadFiller) -> None:
         try:
             await pads.wait_for_key()
-        except HybridkexError as error:
+        except HybridkexError:
             self._check_usable()
-            if isinstance(error, PeerError) and not self._connection.close_sent:
-                self._connection.abort(error)
             raise
 
     async def _read(self) -> bytes | bytearray:
@@ -643,13 +639,12 @@ class SecureDuplex:
         if isinstance(error, HybridkexError):
             reason = self._connection.reason_of(error.with_traceback(None))
         else:
-            reason = internal = InternalError(CODE_FAILED)
-            if not self._connection.close_sent:  # nothing follows it (section 6.1)
-                self._connection.abort(internal)
+            reason = InternalError(CODE_FAILED)
+        self._connection.abort(reason)
         self._failure = reason
         if self._pads is not None:
             self._pads.stop()
-        if isinstance(reason, PeerError | KeySourceError):
+        if self._connection.has_data_to_send:
             with self._lib.move_on_after(_ALERT_TIMEOUT, shield=True), self._unless_gone():
                 async with self._telling:
                     await self._send_alert()

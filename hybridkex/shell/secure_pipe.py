@@ -169,5 +169,6 @@ class SecurePipe:
         """Record a failure; only the first one is reported."""
         if self.failure is None:
             self.failure = self._connection.reason_of(error)
+            self._connection.abort(self.failure)
             if self._pads is not None:
                 self._pads.stop()

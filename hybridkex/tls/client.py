@@ -584,7 +584,7 @@ class WaitEncryptedExtensions(ClientState):
         return choice.protocol
 
     def _application_answers(self, answers: ext.Extensions) -> tuple[ext.Extension, ...]:
-        found = (answers.decoded(one.type, one.read_answer) for one in self.offer.config.extensions)
+        found = (answers.decoded(one, one.read_answer) for one in self.offer.config.extensions)
         return tuple(one for one in found if one is not None)
 
     def _limit_records(self, limit: ext.RecordSizeLimit | None, records: RecordLayer) -> None:

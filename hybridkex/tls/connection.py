@@ -435,10 +435,11 @@ class Connection:
             record=self._records.writer.record_limit - OVERHEAD,
         )
 
-    def abort(self, error: PeerError) -> None:
-        """End the connection for a reason of the caller, and queue its alert.
+    def abort(self, error: HybridkexError) -> None:
+        """End the connection for a reason of the caller, and queue the alert: that of a
+        ``PeerError``, and internal_error for any other reason.
 
-        This also refuses a proposed session.
+        This also refuses a proposed session. A connection that has failed stays as it is.
         """
         if self._error is None:
             self._fail(error)
@@ -548,12 +549,14 @@ class Connection:
             self._check_kept()
             raise LocalStateError(f"the connection has failed: {self._error}") from self._error
 
-    def _fail(self, error: PeerError) -> None:
-        self._records.writer.send_alert(error.alert)
-        if error.alert is Alert.USER_CANCELED:
-            self._records.writer.send_alert(
-                Alert.CLOSE_NOTIFY
-            )  # section 6.1: cancellation alone ends nothing
+    def _fail(self, error: HybridkexError) -> None:
+        alert = error.alert if isinstance(error, PeerError) else Alert.INTERNAL_ERROR
+        alerts = [alert]
+        if alert is Alert.USER_CANCELED:  # cancellation alone ends nothing (section 6.1)
+            alerts.append(Alert.CLOSE_NOTIFY)
+        if not self._close_sent:  # nothing follows a close_notify (section 6.1)
+            for one in alerts:
+                self._records.writer.send_alert(one)
         self._ended_by(error)
 
 

@@ -23,7 +23,7 @@ from hybridkex.errors import (
     ProtocolVersionError,
     UnrecognizedName,
 )
-from hybridkex.fields import described
+from hybridkex.fields import check_result
 from hybridkex.reasons import Reason
 from hybridkex.tls import fresh_negotiation, negotiation
 from hybridkex.tls.admission import resumable
@@ -409,11 +409,12 @@ def _answer_application(
     """The answers to the offers for which the configuration has an extension."""
     answered = []
     for ours in config.extensions:
-        offered = hello.message.extensions.decoded(ours.type, ours.read)
+        offered = hello.message.extensions.decoded(ours, ours.read)
         answer = ours.answer(offered) if offered is not None else None
         if offered is not None and answer is not None:
-            if not isinstance(answer, ext.Extension | ext.UnknownExtension):
-                raise TypeError(f"answer of {type(ours).__name__} returned {described(answer)}")
+            check_result(answer, ext.Extension, ours, "answer")
+            if answer.type != ours.type:
+                raise TypeError(f"answer of {type(ours).__name__} returned another extension")
             answered.append((offered, answer))
     return tuple(answered)
 

@@ -18,6 +18,7 @@ from typing import ClassVar, Final, Self, TypeVar
 
 from hybridkex.constants import CertificateType, ExtensionType
 from hybridkex.errors import DecodeError, EncodeError, IllegalParameter, UnrecognizedName
+from hybridkex.fields import check_result
 from hybridkex.reasons import Reason
 from hybridkex.values import value
 from hybridkex.wire.codec import Reader, ascii_text, entry, u8, vector8, vector16
@@ -627,18 +628,20 @@ class Extensions:
         found = self._by_type.get(cls.type)
         return found if isinstance(found, cls) else None
 
-    def decoded(self, type_: int, read: Callable[[Reader], E]) -> E | None:
+    def decoded(self, known: ApplicationExtension, read: Callable[[Reader], E]) -> E | None:
         """An extension that only the application knows, if the message has it.
 
         Raises:
-            DecodeError: ``read`` fails or does not consume all bytes.
+            DecodeError: ``read``, a method of it, fails or does not consume all bytes.
+            TypeError: ``read`` returns no extension.
         """
-        found = self._by_type.get(type_)
+        found = self._by_type.get(known.type)
         if not isinstance(found, UnknownExtension):
             return None
         reader = Reader(found.data)
         value = read(reader)
         reader.finish()
+        check_result(value, Extension, known, "read")
         return value
 
     def __contains__(self, cls: type[Extension]) -> bool:

@@ -13,15 +13,32 @@ from hybridkex import (
     ClientConfig,
     DevCa,
     MemoryTicketStore,
+    Policy,
     QkdPskSource,
+    Requirement,
     SecureStream,
     ServerConfig,
     TrustStore,
+)
+from hybridkex.constants import Alert
+from hybridkex.errors import (
+    CertificateRejected,
+    ConfigError,
+    HybridkexError,
+    InternalError,
+    KeySourceUnavailable,
+    KeyUnknown,
+    LocalStateError,
+    PeerError,
+    PolicyRefused,
+    UnknownPskIdentity,
 )
 from hybridkex.machine import leaves
 from hybridkex.net.event_loop import time_limit
 from hybridkex.qkd.in_process import in_process_pair
 from hybridkex.shell.answers import CODE_FAILED
+from hybridkex.tls.connection import Connection
+from hybridkex.tls.record_layer import WritingHalf
 
 CA = DevCa.create()
 CLIENT = ClientConfig(verifier=TrustStore((CA.certificate,)))
@@ -51,6 +68,9 @@ def config(code: str, error: BaseException) -> ClientConfig:
     async def later(*_: Any) -> Any:
         raise error
 
+    async def none(*_: Any) -> Any:
+        raise KeySourceUnavailable("no key today")
+
     options: dict[str, Any] = {
         "entropy": {"entropy": fail},
         "key_log": {"key_log": fail},
@@ -60,6 +80,7 @@ def config(code: str, error: BaseException) -> ClientConfig:
         "put": {"ticket_store": with_functions(MemoryTicketStore(), put=fail)},
         "flush": {"ticket_store": with_functions(MemoryTicketStore(), flush=fail)},
         "offer": {"psk_source": SimpleNamespace(offer=later, look_up=later, authorize=fail)},
+        "authorize": {"psk_source": SimpleNamespace(offer=none, look_up=none, authorize=fail)},
     }
     return replace(CLIENT, **options[code])
 
@@ -86,6 +107,69 @@ def test_in_the_handshake(
     assert [
         one for one in caplog.records if one.name == "asyncio" and one.levelname == "ERROR"
     ] == []
+
+
+OUR_ERRORS = (
+    *(ConfigError, LocalStateError, HybridkexError, InternalError, PolicyRefused),
+    *(UnknownPskIdentity, CertificateRejected, KeyUnknown, KeySourceUnavailable),
+)
+
+
+@pytest.mark.parametrize("code", ["entropy", "key_log", "verify", "take", "offer", "authorize"])
+@pytest.mark.parametrize("kind", OUR_ERRORS)
+def test_the_peer_gets_an_alert_for_our_errors(
+    shell: Any, code: str, kind: type[HybridkexError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Our own classes, also where the engine or the shell does not expect them: the alert of a
+    ``PeerError``, and internal_error for the others."""
+    error = kind("it failed")
+    needs = {"offer": Requirement.REQUIRE, "authorize": Requirement.PREFER}
+    policy = Policy(psk=needs.get(code, Requirement.OFF))
+    client = replace(config(code, error), policy=policy)
+    queued: list[Alert] = []
+    sent: list[Alert] = []
+    send_alert, data_to_send = WritingHalf.send_alert, Connection.data_to_send
+
+    def queue(writer: WritingHalf, alert: Alert) -> None:
+        queued.append(alert)
+        send_alert(writer, alert)
+
+    def send(connection: Connection) -> bytes | bytearray:
+        output = data_to_send(connection)
+        if output:
+            sent.extend(queued)
+            queued.clear()
+        return output
+
+    async def main() -> None:
+        async with time_limit(20):
+            with pytest.raises(Exception) as caught:
+                async with shell.pair(client, SERVER):
+                    pass
+        assert any("it failed" in str(one) for one in leaves(caught.value))
+
+    monkeypatch.setattr(WritingHalf, "send_alert", queue)
+    monkeypatch.setattr(Connection, "data_to_send", send)
+    shell.run(main)
+    alert = error.alert if isinstance(error, PeerError) else Alert.INTERNAL_ERROR
+    if code == "offer" and isinstance(error, KeyUnknown):
+        alert = Alert.UNKNOWN_PSK_IDENTITY
+    assert sent[:1] == [alert]
+
+
+def test_a_client_hello_whose_ticket_is_still_stored_is_not_sent() -> None:
+    """Neither with an alert behind it: a ticket is used once."""
+
+    async def main(error: BaseException) -> None:
+        below, far = trio.testing.memory_stream_pair()
+        stream = SecureStream(below, config("flush", error), server_hostname="localhost")
+        with pytest.raises((type(error), trio.BrokenResourceError)):
+            await stream.do_handshake()
+        await stream.aclose()
+        assert await far.receive_some() == b""
+
+    for error in (Full("the disk is full"), ConfigError("the disk is full"), OSError(28, "full")):
+        trio.run(main, error)
 
 
 class Forgetful(QkdPskSource):

@@ -190,3 +190,11 @@ def test_it_has_no_room_for_more() -> None:
         SECRET.copy = 1  # type: ignore[attr-defined]
     assert gc.get_referents(SECRET)[0] == VALUE, "only the garbage collector's view finds it"
     assert sys.getsizeof(SECRET) < 64
+
+
+@pytest.mark.parametrize("value", [32, 0, True, None, "abc", [1, 2], range(3), 1.5, {}, SECRET])
+def test_a_secret_is_made_of_bytes_only(value: Any) -> None:
+    """``bytes(32)`` is 32 zeros, which a peer can guess."""
+    with pytest.raises(TypeError, match="a Secret is made of bytes, not of"):
+        Secret(value)
+    assert all(Secret(kind(b"abc")) == Secret(b"abc") for kind in (bytes, bytearray, memoryview))

@@ -23,7 +23,6 @@ from hybridkex.errors import (
     ProtocolVersionError,
     UnrecognizedName,
 )
-from hybridkex.fields import check_result
 from hybridkex.reasons import Reason
 from hybridkex.tls import fresh_negotiation, negotiation
 from hybridkex.tls.admission import resumable
@@ -412,9 +411,7 @@ def _answer_application(
         offered = hello.message.extensions.decoded(ours, ours.read)
         answer = ours.answer(offered) if offered is not None else None
         if offered is not None and answer is not None:
-            check_result(answer, ext.Extension, ours, "answer")
-            if answer.type != ours.type:
-                raise TypeError(f"answer of {type(ours).__name__} returned another extension")
+            ext.check_own(ours, answer, "answer")
             answered.append((offered, answer))
     return tuple(answered)
 

@@ -94,6 +94,12 @@ class ApplicationExtension(Extension):
         raise NotImplementedError
 
 
+def check_own(known: ApplicationExtension, result: object, method: str) -> None:
+    """Raise ``TypeError`` if a method has not returned an extension of its object's type."""
+    if check_result(result, Extension, known, method).type != known.type:
+        raise TypeError(f"{method} of {type(known).__name__} returned an extension of another type")
+
+
 @value
 class UnknownExtension:
     """An extension that we do not know, such as GREASE (RFC 8701)."""
@@ -633,7 +639,7 @@ class Extensions:
 
         Raises:
             DecodeError: ``read``, a method of it, fails or does not consume all bytes.
-            TypeError: ``read`` returns no extension.
+            TypeError: ``read`` returns no extension of this type.
         """
         found = self._by_type.get(known.type)
         if not isinstance(found, UnknownExtension):
@@ -641,7 +647,7 @@ class Extensions:
         reader = Reader(found.data)
         value = read(reader)
         reader.finish()
-        check_result(value, Extension, known, "read")
+        check_own(known, value, "read")
         return value
 
     def __contains__(self, cls: type[Extension]) -> bool:

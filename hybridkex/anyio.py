@@ -28,7 +28,12 @@ from hybridkex.net.pending import (
     PendingConnections,
 )
 from hybridkex.net.sockets import is_readable
-from hybridkex.shell.secure_duplex import DEFAULT_HANDSHAKE_TIMEOUT, READ_SIZE, SecureDuplex
+from hybridkex.shell.secure_duplex import (
+    DEFAULT_HANDSHAKE_TIMEOUT,
+    READ_SIZE,
+    SecureDuplex,
+    check_options,
+)
 from hybridkex.shell.ssl_facade import SslObject, cipher_of, describe, is_ssl_error, peercert_of
 from hybridkex.text import get_logger
 from hybridkex.tls.config import ClientConfig, ServerConfig, check_config
@@ -113,6 +118,7 @@ class SecureByteStream(SecureDuplex, ByteStream):
         standard_compatible: bool,
         handshake_timeout: float,
     ) -> None:
+        check_options(handshake_timeout, standard_compatible=standard_compatible)
         super().__init__(
             config,
             server_hostname,
@@ -263,7 +269,7 @@ class SecureListener(Listener[SecureByteStream]):
         handshake_timeout: seconds that a handshake may take.
 
     Raises:
-        ConfigError: ``config`` is not a ``ServerConfig``.
+        ConfigError: ``config`` is not a ``ServerConfig``, or an option has another type.
     """
 
     def __init__(
@@ -275,6 +281,7 @@ class SecureListener(Listener[SecureByteStream]):
         handshake_timeout: float = DEFAULT_HANDSHAKE_TIMEOUT,
     ) -> None:
         check_config(config, ServerConfig)
+        check_options(handshake_timeout, standard_compatible=standard_compatible)
         self.listener = listener
         self._standard_compatible = standard_compatible
         self._wrap = partial(
@@ -538,6 +545,7 @@ class SecureConnectable(ByteStreamConnectable):
         handshake_timeout: float = DEFAULT_HANDSHAKE_TIMEOUT,
     ) -> None:
         check_config(config, ClientConfig)
+        check_options(handshake_timeout, standard_compatible=standard_compatible)
         self.connectable = connectable
         self._wrap = partial(
             SecureByteStream.wrap,

@@ -48,7 +48,8 @@ class Kind(NamedTuple):
     """The protocols among its types."""
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether this is an int or a float, but no NaN."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     try:
@@ -74,7 +75,7 @@ _SIMPLE: Final[Mapping[Any, Kind]] = {
     int: Kind(
         lambda value: isinstance(value, int) and not isinstance(value, bool), "an int", "100"
     ),
-    float: Kind(_is_number, "a number", "1.5"),
+    float: Kind(is_number, "a number", "1.5"),
     bool: Kind(lambda value: type(value) is bool, "True or False", "True"),
     NoneType: Kind(lambda value: value is None, "None"),
     bytes: Kind(lambda value: isinstance(value, bytes), "bytes", 'b"..."'),
@@ -345,12 +346,12 @@ class _CheckedClock:
             now = self.clock()
         except Exception as error:
             raise InternalError("the clock of our configuration failed") from error
-        if _is_number(now) and 0 <= now < _YEAR_10000:
+        if is_number(now) and 0 <= now < _YEAR_10000:
             return float(now)
         raise InternalError(
             "the clock of our configuration is wrong: it must return a number of seconds since "
             f"1970, before the year 10000, and it returned {described(now)}"
-            f"{f' of {now:g}' if _is_number(now) else ''}; clock=time.time does"
+            f"{f' of {now:g}' if is_number(now) else ''}; clock=time.time does"
         )
 
 

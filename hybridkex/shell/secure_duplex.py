@@ -25,12 +25,14 @@ from typing import Any, ClassVar, Final, NoReturn
 
 from hybridkex.constants import MAX_PLAINTEXT
 from hybridkex.errors import (
+    ConfigError,
     HandshakeTimeout,
     HybridkexError,
     InternalError,
     PeerError,
     TruncationError,
 )
+from hybridkex.fields import described, is_number
 from hybridkex.net.event_loop import ask, called
 from hybridkex.secret import Secret
 from hybridkex.shell.answers import CODE_FAILED, Answers
@@ -62,6 +64,24 @@ _ACKNOWLEDGED_EVERY: Final = 0.02
 # bulk transfer. Freeing one large block raises the threshold; with other C libraries this has no
 # effect.
 bytearray(4 * READ_SIZE)
+
+
+def check_options(handshake_timeout: Any, **switches: object) -> None:
+    """Check the options of a stream or listener.
+
+    Raises:
+        ConfigError: the time limit is not above 0, or one of the switches is no ``bool``.
+    """
+    if not is_number(handshake_timeout) or not handshake_timeout > 0:
+        shown = (
+            f"{handshake_timeout}" if is_number(handshake_timeout) else described(handshake_timeout)
+        )
+        raise ConfigError(
+            f"handshake_timeout takes seconds above 0, or math.inf for no limit, not {shown}"
+        )
+    for name, value in switches.items():
+        if type(value) is not bool:
+            raise ConfigError(f"{name} takes True or False, not {described(value)}")
 
 
 class SecureDuplex:

@@ -4,7 +4,7 @@ from typing import Generic, TypeVar
 
 from trio.abc import Listener, Stream
 
-from hybridkex.shell.secure_duplex import DEFAULT_HANDSHAKE_TIMEOUT
+from hybridkex.shell.secure_duplex import DEFAULT_HANDSHAKE_TIMEOUT, check_options
 from hybridkex.streams.stream import SecureStream
 from hybridkex.tls.config import ServerConfig, check_config
 
@@ -36,6 +36,7 @@ class SecureListener(Listener[SecureStream[T]], Generic[T]):
         handshake_timeout: float = DEFAULT_HANDSHAKE_TIMEOUT,
     ) -> None:
         check_config(config, ServerConfig)
+        check_options(handshake_timeout, https_compatible=https_compatible)
         self.transport_listener = transport_listener
         self._config = config
         self._https_compatible = https_compatible

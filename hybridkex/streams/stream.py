@@ -14,7 +14,12 @@ from trio.abc import HalfCloseableStream, Stream
 from hybridkex.errors import ConfigError, HybridkexError, LocalStateError, TruncationError
 from hybridkex.fields import described
 from hybridkex.net.acknowledged import unacknowledged
-from hybridkex.shell.secure_duplex import DEFAULT_HANDSHAKE_TIMEOUT, READ_SIZE, SecureDuplex
+from hybridkex.shell.secure_duplex import (
+    DEFAULT_HANDSHAKE_TIMEOUT,
+    READ_SIZE,
+    SecureDuplex,
+    check_options,
+)
 from hybridkex.shell.secure_pipe import SecurePipe
 from hybridkex.tls.config import ClientConfig, ServerConfig
 from hybridkex.tls.connection import ClientConnection, ServerConnection
@@ -61,6 +66,7 @@ class SecureStream(SecureDuplex, HalfCloseableStream, Generic[T]):
                 f"SecureStream takes a trio stream, not {described(transport_stream)}; write, for "
                 "example: SecureStream(tcp_stream, config)"
             )
+        check_options(handshake_timeout, https_compatible=https_compatible)
         super().__init__(
             config,
             server_hostname,

@@ -9,7 +9,7 @@ import trio
 from hybridkex.net.budget import Budget, Connection
 from hybridkex.net.listening import open_tcp_listeners
 from hybridkex.net.supervisor import Supervisor
-from hybridkex.shell.secure_duplex import DEFAULT_HANDSHAKE_TIMEOUT
+from hybridkex.shell.secure_duplex import DEFAULT_HANDSHAKE_TIMEOUT, check_options
 from hybridkex.streams.listener import SecureListener
 from hybridkex.streams.stream import SecureStream
 from hybridkex.text import get_logger
@@ -85,9 +85,10 @@ async def open_secure_tcp_listeners(
 
     Raises:
         OSError: cannot listen there.
-        ConfigError: ``config`` is not a ``ServerConfig``.
+        ConfigError: ``config`` is not a ``ServerConfig``, or an option has another type.
     """
     check_config(config, ServerConfig)
+    check_options(handshake_timeout, https_compatible=https_compatible)
     listeners = await open_tcp_listeners(port, host=host, backlog=backlog)
     return [
         SecureListener(
@@ -138,7 +139,7 @@ async def serve_secure_tcp(  # noqa: PLR0913  # those of trio.serve_ssl_over_tcp
 
     Raises:
         OSError: cannot listen there.
-        ConfigError: ``config`` is not a ``ServerConfig``.
+        ConfigError: ``config`` is not a ``ServerConfig``, or an option has another type.
     """
     budget = Budget(max_connections, even_shares=True)
 

@@ -60,7 +60,7 @@ class InProcessSource:
         )
 
     async def get_key_with_id(self, name: KeyReference) -> QkdKey:
-        """Get the key that the peer drew under this name, once."""
+        """Get the key that the peer drew; see :class:`~hybridkex.qkd.source.KeySource`."""
         await checkpoint_if_cancelled()
         key_id = single(name, master_kme=self._peer_kme, slave_kme=self._kme)
         key = self._for_me.pop(key_id, None)

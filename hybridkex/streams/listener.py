@@ -24,7 +24,7 @@ class SecureListener(Listener[SecureStream[T]], Generic[T]):
         handshake_timeout: seconds for the handshake; ``math.inf`` for no limit.
 
     Raises:
-        ConfigError: ``config`` is not a ``ServerConfig``.
+        ConfigError: an argument has the wrong type or is out of range.
     """
 
     def __init__(

@@ -43,8 +43,7 @@ class SecureStream(SecureDuplex, HalfCloseableStream, Generic[T]):
     the reason, an error of :mod:`hybridkex.errors`.
 
     Raises:
-        ConfigError: ``transport_stream`` is not a trio stream, or ``config`` is not a
-            configuration.
+        ConfigError: an argument has the wrong type or is out of range.
     """
 
     _lib: ClassVar = trio

@@ -46,7 +46,8 @@ async def open_secure_tcp_stream(
 
     Raises:
         OSError: the connection failed.
-        ConfigError: ``config`` is not a ``ClientConfig``, or ``host`` is not a host name.
+        ConfigError: an argument has the wrong type or is out of range, or ``host`` is not a host
+            name.
     """
     check_config(config, ClientConfig)
     name = host if server_hostname is None else server_hostname

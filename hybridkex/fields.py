@@ -27,7 +27,6 @@ from typing import (
     Union,
     get_args,
     get_origin,
-    get_type_hints,
 )
 
 from hybridkex.errors import ConfigError, InternalError
@@ -192,17 +191,14 @@ def checked(call: Callable[P, R]) -> Callable[P, R]:
     parameters = inspect.signature(call).parameters.values()
     places = [one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD]
     rest = [repeat(one.name) for one in parameters if one.kind is one.VAR_POSITIONAL]
-
-    @cache
-    def kinds() -> dict[str, Kind]:  # at the first call, when all names of the module exist
-        hints = get_type_hints(call, include_extras=True)
-        return {name: _kind_of(hint) for name, hint in hints.items() if name != "return"}
+    hints = call.__annotations__.items()
+    kinds = {name: _kind_of(hint) for name, hint in hints if name != "return"}
 
     @wraps(call)
     def checking(*args: P.args, **kwargs: P.kwargs) -> R:
         for name, value in chain(zip(chain(places, *rest), args, strict=False), kwargs.items()):
-            if name in kinds():
-                _check(owner, name, value, kinds()[name], {})
+            if name in kinds:
+                _check(owner, name, value, kinds[name], {})
         return call(*args, **kwargs)
 
     return checking

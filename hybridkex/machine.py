@@ -111,6 +111,19 @@ def writing(what: object) -> Iterator[None]:
         raise write_error(what, error) from None
 
 
+_SHORTAGES: Final = (
+    (MemoryError, "", NO_MEMORY),
+    # Of the dynamic loader, which NumPy and others quote.
+    (ImportError, "failed to map segment", NO_MEMORY),
+    # Of CPython where it has no memory even for its MemoryError, or not for a lock.
+    (SystemError, "without exception set", NO_MEMORY),
+    (RuntimeError, "can't allocate", NO_MEMORY),
+    # threading has no exception of its own for it.
+    (RuntimeError, "new thread", NO_THREAD),
+)
+"""Exceptions that say that memory or threads are exhausted: class, words, and our message."""
+
+
 def refusal(error: BaseException) -> str | None:
     """An error of the operating system, or exhausted memory or threads, in one line; ``None`` for
     every other error, which is a defect of the program.
@@ -124,14 +137,9 @@ def refusal(error: BaseException) -> str | None:
         )
         return where + _said(error)
     for cause in _related(error):
-        if isinstance(cause, MemoryError):
-            return NO_MEMORY
-        # A message of the dynamic loader, which NumPy and others quote.
-        if isinstance(cause, ImportError) and "failed to map segment" in str(cause):
-            return NO_MEMORY
-        # threading has no exception of its own for it.
-        if isinstance(cause, RuntimeError) and "new thread" in str(cause):
-            return NO_THREAD
+        for kind, words, meaning in _SHORTAGES:
+            if isinstance(cause, kind) and words in str(cause):
+                return meaning
     return None
 
 

@@ -2,8 +2,9 @@
 
 trio resolves names in threads, of which it uses 40 at most: 40 connections to one name whose DNS
 server does not answer would delay every connection to another name. Here all callers with the same
-query share one look-up, so the number of threads is the number of different names. The result is
-reused for a second: a thread for each connection costs more than the rest of connecting.
+query share one look-up in a thread of :mod:`hybridkex.net.threads`, which reports its result even
+when memory is short. The result is reused for a second: a thread for each connection costs more
+than the rest of connecting.
 """
 
 import copy
@@ -15,6 +16,9 @@ from typing import Any, Final
 
 import trio
 from trio.abc import HostnameResolver
+
+from hybridkex.net.event_loop import in_thread
+from hybridkex.net.threads import NoThread
 
 KEEP_SECONDS: Final = 1.0
 """Seconds for which an answer is used again."""
@@ -51,13 +55,8 @@ class SharedLookups(HostnameResolver):
 
     async def _look_up(self, question: tuple[Any, ...], lookup: _Lookup) -> None:
         try:
-            lookup.found = await trio.to_thread.run_sync(
-                socket.getaddrinfo,
-                *question,
-                abandon_on_cancel=True,
-                limiter=trio.CapacityLimiter(1),
-            )
-        except RuntimeError:  # no thread can be started
+            lookup.found = await in_thread(socket.getaddrinfo, *question, abandon=True)
+        except NoThread:
             lookup.error = OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         except Exception as error:
             lookup.error = error  # the callers' to handle
@@ -76,6 +75,4 @@ class SharedLookups(HostnameResolver):
 
     async def getnameinfo(self, sockaddr: Any, flags: int) -> tuple[str, str]:
         """Like :func:`socket.getnameinfo`."""
-        return await trio.to_thread.run_sync(
-            socket.getnameinfo, sockaddr, flags, abandon_on_cancel=True
-        )
+        return await in_thread(socket.getnameinfo, sockaddr, flags, abandon=True)

@@ -190,6 +190,9 @@ def test_every_writer_names_the_file(tmp_path: Path) -> None:
 def test_what_is_a_refusal_and_what_is_a_defect() -> None:
     assert "ulimit -u" in (refusal(RuntimeError("can't start new thread")) or "")
     assert "ulimit -v" in (refusal(MemoryError()) or "")
+    assert "ulimit -v" in (refusal(SystemError("error return without exception set")) or "")
+    assert "ulimit -v" in (refusal(RuntimeError("can't allocate read lock")) or "")
+    assert refusal(SystemError("anything else")) is None
     assert refusal(RuntimeError("anything else")) is None
     assert refusal(KeyError("x")) is None
 

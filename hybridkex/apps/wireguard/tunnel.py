@@ -10,6 +10,7 @@ import trio
 
 from hybridkex import Secret
 from hybridkex.errors import ConfigError, LocalStateError
+from hybridkex.net.event_loop import in_thread
 
 REKEY_AFTER: Final = 120.0
 """Seconds after which WireGuard negotiates new session keys (whitepaper section 6.1)."""
@@ -88,17 +89,21 @@ class Tunnel:
         what = f"wg {arguments[0]}"
         try:
             with trio.fail_after(self.time_limit):
-                return await trio.run_process(
-                    [*self.command, *arguments],
-                    stdin=stdin,
-                    capture_stdout=True,
-                    capture_stderr=True,
-                    check=False,
-                )
+                # Not trio.run_process, whose thread may not report when memory is short.
+                process = await in_thread(self._start, arguments)
+                try:
+                    output = await in_thread(process.communicate, stdin, abandon=True)
+                finally:
+                    process.kill()
         except OSError as error:
             raise LocalStateError(f"cannot run {self.command[0]}: {error.strerror}") from None
         except trio.TooSlowError:
             raise Uncertain(f"{what} did not finish within {self.time_limit:g} s") from None
+        return subprocess.CompletedProcess(process.args, process.returncode, *output)
+
+    def _start(self, arguments: tuple[str, ...]) -> "subprocess.Popen[bytes]":
+        pipe = subprocess.PIPE
+        return subprocess.Popen([*self.command, *arguments], stdin=pipe, stdout=pipe, stderr=pipe)
 
 
 def _decode_key(text: str) -> bytes | None:

@@ -79,7 +79,7 @@ _SIMPLE: Final[Mapping[Any, Kind]] = {
     NoneType: Kind(lambda value: value is None, "None"),
     bytes: Kind(lambda value: isinstance(value, bytes), "bytes", 'b"..."'),
     str: Kind(lambda value: isinstance(value, str), "a str", '"..."'),
-    Path: Kind(lambda value: isinstance(value, str | Path), "a path", 'Path("...")'),
+    Path: Kind(lambda value: isinstance(value, str | bytes | Path), "a path", 'Path("...")'),
     object: Kind(lambda _: True, "anything"),
     Any: Kind(lambda _: True, "anything"),
 }

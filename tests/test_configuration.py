@@ -160,7 +160,7 @@ def wrong(value: object, hint: Any) -> bool:
     if kind in (Any, object):
         return False
     if kind is Path:
-        return not isinstance(value, str | Path)
+        return not isinstance(value, str | bytes | Path)
     if kind in (int, float):
         number = isinstance(value, int | float) and not isinstance(value, bool)
         return not number or value != value or value < 0 or (kind is int and value % 1 != 0)

@@ -55,7 +55,7 @@ class SharedLookups(HostnameResolver):
 
     async def _look_up(self, question: tuple[Any, ...], lookup: _Lookup) -> None:
         try:
-            lookup.found = await in_thread(socket.getaddrinfo, *question, abandon=True)
+            lookup.found = await in_thread(socket.getaddrinfo, *question, abandon=True, slow=True)
         except NoThread:
             lookup.error = OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         except Exception as error:
@@ -75,4 +75,4 @@ class SharedLookups(HostnameResolver):
 
     async def getnameinfo(self, sockaddr: Any, flags: int) -> tuple[str, str]:
         """Like :func:`socket.getnameinfo`."""
-        return await in_thread(socket.getnameinfo, sockaddr, flags, abandon=True)
+        return await in_thread(socket.getnameinfo, sockaddr, flags, abandon=True, slow=True)

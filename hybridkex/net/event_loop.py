@@ -87,7 +87,9 @@ async def time_limit(seconds: float) -> AsyncIterator[None]:
             yield
 
 
-async def in_thread(function: Callable[..., T], *arguments: Any, abandon: bool = False) -> T:
+async def in_thread(
+    function: Callable[..., T], *arguments: Any, abandon: bool = False, slow: bool = False
+) -> T:
     """Run a blocking function in a worker thread (:mod:`hybridkex.net.threads`).
 
     Args:
@@ -97,6 +99,7 @@ async def in_thread(function: Callable[..., T], *arguments: Any, abandon: bool =
             Otherwise the caller gets the function's result, so that no resource in it is lost, and
             the cancellation is delivered where the caller waits next. (asyncio delivers a
             cancellation only once: there it replaces the result.)
+        slow: see :func:`hybridkex.net.threads.run`.
 
     Raises:
         NoThread: no thread was free for :data:`THREAD_SECONDS`, and none could be started.
@@ -105,7 +108,7 @@ async def in_thread(function: Callable[..., T], *arguments: Any, abandon: bool =
     finished = Event()
     soon = _from_threads()
     call = Call(partial(function, *arguments), lambda: soon(finished.set))
-    sure = run(call)
+    sure = run(call, slow=slow)
     try:
         try:
             async with time_limit(math.inf if sure else THREAD_SECONDS):

@@ -23,6 +23,8 @@ from hybridkex.machine import NO_THREAD
 
 MOST: Final = 40
 """Workers at once, as many as trio allows by default."""
+MOST_SLOW: Final = 400
+"""Workers at once for calls that may block for minutes, such as look-ups of names."""
 START_SECONDS: Final = 1.0
 """Seconds to wait for a new worker to report that it runs."""
 RETRY_SECONDS: Final = 0.05
@@ -110,7 +112,8 @@ def has_interrupted() -> bool:
 
 
 class _Workers:
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
+        self._most = most
         self._calls: SimpleQueue[Call] = SimpleQueue()
         self._lock = _thread.allocate_lock()
         self._alive = 0
@@ -119,7 +122,7 @@ class _Workers:
 
     def run(self, call: Call) -> bool:
         with self._lock:
-            start = self._free < 1 and self._alive < MOST
+            start = self._free < 1 and self._alive < self._most
             self._free -= 1
         sure = not start or self._start()
         if not sure:
@@ -154,11 +157,15 @@ class _Workers:
                 self._free += 1
 
 
-_workers = _Workers()
+_workers, _slow = _Workers(MOST), _Workers(MOST_SLOW)
 
 
-def run(call: Call) -> bool:
+def run(call: Call, *, slow: bool = False) -> bool:
     """Hand a call to a worker. The call waits while no worker is free and none can be started.
+
+    Args:
+        call: the call.
+        slow: it may block for minutes, and holds no worker of the other calls.
 
     Returns:
         True if the call is certain to run once earlier calls have ended; false if it depends on a
@@ -167,13 +174,13 @@ def run(call: Call) -> bool:
     Raises:
         NoThread: there is no worker at all.
     """
-    return _workers.run(call)
+    return (_slow if slow else _workers).run(call)
 
 
 def _forget() -> None:
     """Make new workers in the child of a fork, which has none of its parent's threads."""
-    global _workers  # noqa: PLW0603
-    _workers = _Workers()
+    global _workers, _slow
+    _workers, _slow = _Workers(MOST), _Workers(MOST_SLOW)
 
 
 os.register_at_fork(after_in_child=_forget)

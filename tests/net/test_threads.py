@@ -2,6 +2,7 @@
 
 import _thread
 import asyncio
+import contextlib
 import errno
 import os
 import subprocess
@@ -32,7 +33,8 @@ def run(request: pytest.FixtureRequest) -> Run:
 
 @pytest.fixture(autouse=True)
 def fresh_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threads, "_workers", threads._Workers())
+    monkeypatch.setattr(threads, "_workers", threads._Workers(threads.MOST))
+    monkeypatch.setattr(threads, "_slow", threads._Workers(threads.MOST_SLOW))
 
 
 def refuse(*_: Any) -> Any:
@@ -111,6 +113,36 @@ def test_a_worker_outlives_what_it_runs(run: Run) -> None:
                 await in_thread(fails, error)
         assert threads._workers._alive >= alive
         assert await in_thread(lambda: 7) == 7
+
+    run(calls)
+
+
+def test_slow_calls_hold_no_worker_of_the_others(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many look-ups of names as there are workers, whose DNS server does not answer."""
+    go, begun = threading.Event(), threading.Semaphore(0)
+
+    def look_up() -> None:
+        begun.release()
+        go.wait(20)
+
+    async def hang() -> None:
+        with contextlib.suppress(TimeoutError):
+            async with event_loop.time_limit(0.2):
+                await in_thread(look_up, abandon=True, slow=True)
+
+    async def calls() -> None:
+        if event_loop.on_trio():
+            async with trio.open_nursery() as nursery:
+                for _ in range(threads.MOST):
+                    nursery.start_soon(hang)
+        else:
+            await asyncio.gather(*(hang() for _ in range(threads.MOST)))
+        try:
+            assert all(begun.acquire(timeout=20) for _ in range(threads.MOST))
+            assert await in_thread(lambda: 7) == 7
+            assert await in_thread(lambda: 8, slow=True) == 8
+        finally:
+            go.set()
 
     run(calls)
 
@@ -254,8 +286,8 @@ def test_a_fault_of_ours_is_not_hidden(error: Exception, monkeypatch: pytest.Mon
 
 
 def test_nobody_asks_trio_for_threads() -> None:
-    """Its threads end when they are idle, and a new one may not be there when it is needed; only
-    look-ups of names, which may block for minutes, must not hold a worker."""
+    """Its threads end when they are idle, and a new one may not be there when it is needed or not
+    report when memory is short."""
     found = subprocess.run(
         ["grep", "-rnE", r"to_thread|threading\.Thread\(", "hybridkex", "--include=*.py"],
         cwd=os.path.dirname(os.path.dirname(os.path.dirname(__file__))),
@@ -264,6 +296,5 @@ def test_nobody_asks_trio_for_threads() -> None:
         check=False,
     )
     assert {line.split(":")[0] for line in found.stdout.splitlines()} == {
-        "hybridkex/cli/names.py",
         "hybridkex/cli/progress.py",  # goes on without one
     }

@@ -3,6 +3,7 @@
 import base64
 import binascii
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -94,7 +95,9 @@ class Tunnel:
                 try:
                     output = await in_thread(process.communicate, stdin, abandon=True)
                 finally:
-                    process.kill()
+                    process.kill()  # and wait for its end: it has a key in its input
+                    with suppress(subprocess.TimeoutExpired):
+                        process.wait(timeout=1.0)
         except OSError as error:
             raise LocalStateError(f"cannot run {self.command[0]}: {error.strerror}") from None
         except trio.TooSlowError:

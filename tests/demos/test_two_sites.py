@@ -318,7 +318,8 @@ async def test_the_kmes_die(
 async def test_a_party_dies(
     listen: str, connect: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    listen = f"echo 1 > {tmp_path}/port; {listen}"
+    port = tmp_path / "port"
+    listen = f"echo 1 > {port}.new; mv {port}.new {port}; {listen}"  # whole, as ours writes it
     monkeypatch.setattr(show, "_COMMAND", program(tmp_path, listen=listen, connect=connect))
     (tmp_path / "sent").write_bytes(b"x")
     with pytest.RaisesGroup(

@@ -6,6 +6,7 @@ the given type and shows a correct line; it never shows the value, which may be 
 
 import inspect
 import math
+import os
 import re
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
@@ -79,7 +80,7 @@ _SIMPLE: Final[Mapping[Any, Kind]] = {
     NoneType: Kind(lambda value: value is None, "None"),
     bytes: Kind(lambda value: isinstance(value, bytes), "bytes", 'b"..."'),
     str: Kind(lambda value: isinstance(value, str), "a str", '"..."'),
-    Path: Kind(lambda value: isinstance(value, str | bytes | Path), "a path", 'Path("...")'),
+    Path: Kind(lambda value: isinstance(value, str | bytes | os.PathLike), "a path", 'Path("...")'),
     object: Kind(lambda _: True, "anything"),
     Any: Kind(lambda _: True, "anything"),
 }

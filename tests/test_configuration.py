@@ -12,6 +12,7 @@ from types import UnionType
 from typing import Any, get_args, get_origin
 
 import pytest
+import trio
 
 import hybridkex as h
 from hybridkex import aio, auth, combiner
@@ -241,6 +242,9 @@ def test_right_values_of_other_classes_are_accepted(tmp_path: Path) -> None:
     """Paths as text, subclasses of int, lists, iterators, and any kind of async function."""
     known = h.KnownPeers(str(tmp_path / "known"))  # type: ignore[arg-type]
     assert known.path == tmp_path / "known"
+    path: Any = trio.Path(tmp_path / "ca.pem")  # a path that is no pathlib.Path
+    Path(path).write_bytes(CA.pem)
+    assert h.TrustStore.from_file(path).authorities == (CA.certificate,)
     access = client.KmeAccess(**{**ACCESS, "ca": str(FILE)}, kme_id_rule=client.IdRule.SAN_URI)
     for handshake in (_handshake, lambda *_: _handshake(), partial(_handshake, 1)):
         client.KmeClient(access, handshake=handshake)
